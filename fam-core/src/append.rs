@@ -1,0 +1,113 @@
+//! Arguments of `append`: new keys and values enter the cached tensors.
+
+use crate::span::Extent;
+use crate::view::{Expect, check_overlap};
+use crate::{Memory, Plan, Result, Spans, View, ViewMut};
+
+/// Copies (converts, packs) new keys and values to where `attend` reads them. Either group may be absent.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Append<'a, M: ?Sized> {
+    /// Which tokens, and each stream's slot.
+    pub spans: Spans<'a, M>,
+    /// The tokens' keys and values, into the key ring: position j goes to row `(j − origin) mod C` of the slot.
+    pub rows: Option<AppendRows<'a, M>>,
+    /// Keys and values of memory rows: `span.mem_rows` rows for each block that the span touches (at least one), into entry
+    /// `(mem_entry + i) mod entries` of the slot.
+    pub mem_rows: Option<AppendMem<'a, M>>,
+}
+
+/// Source and destination of new tokens.
+#[derive(Debug)]
+pub struct AppendRows<'a, M: ?Sized> {
+    /// `[N, 1, L, Hkv, D]` in the shape's dtype.
+    pub k: View<'a, M>,
+    /// As `k`.
+    pub v: View<'a, M>,
+    /// The key ring, in the backend's own layout: [`crate::Support::ring_bytes`] bytes.
+    pub ring: &'a mut M,
+}
+
+/// Source and destination of new memory rows.
+#[derive(Debug)]
+pub struct AppendMem<'a, M: ?Sized> {
+    /// `[N, nb, F, Hkv, D]` in the shape's dtype.
+    pub k: View<'a, M>,
+    /// As `k`.
+    pub v: View<'a, M>,
+    /// `[slots, entries, F, Hkv, D]` in the shape's kv_dtype.
+    pub to_k: ViewMut<'a, M>,
+    /// As `to_k`.
+    pub to_v: ViewMut<'a, M>,
+}
+
+impl<'a, M: Memory + ?Sized> Append<'a, M> {
+    /// An append of nothing; set `rows`, `mem_rows` or both.
+    pub fn new(spans: Spans<'a, M>) -> Self {
+        Append { spans, rows: None, mem_rows: None }
+    }
+
+    /// Adds the tokens' keys and values.
+    #[must_use]
+    pub fn rows(mut self, k: View<'a, M>, v: View<'a, M>, ring: &'a mut M) -> Self {
+        self.rows = Some(AppendRows { k, v, ring });
+        self
+    }
+
+    /// Adds keys and values of memory rows.
+    #[must_use]
+    pub fn mem_rows(mut self, k: View<'a, M>, v: View<'a, M>, to_k: ViewMut<'a, M>, to_v: ViewMut<'a, M>) -> Self {
+        self.mem_rows = Some(AppendMem { k, v, to_k, to_v });
+        self
+    }
+
+    /// Checks every argument against the plan. Backends call this first; kernels then trust.
+    ///
+    /// # Errors
+    /// [`crate::Error::Invalid`] or [`crate::Error::LimitExceeded`], naming field, value and rule.
+    pub fn validate(&self, plan: &impl Plan) -> Result<()> {
+        let spec = plan.spec();
+        let shape = spec.shape();
+        let Extent { batch, rows, blocks, slots, .. } = self.spans.validate(spec)?;
+        let exactly = [shape.kv_heads(), shape.head_dim()];
+        if let Some(AppendRows { k, v, ring }) = &self.rows {
+            let expect = Expect { field: "k", dtype: shape.dtype(), at_least: [batch, 1, rows], exactly };
+            expect.input(k)?;
+            Expect { field: "v", ..expect }.input(v)?;
+            check_ring(*ring, plan)?;
+        }
+        if let Some(AppendMem { k, v, to_k, to_v }) = &self.mem_rows {
+            let mem_len = self.spans.mem_rows(spec);
+            let expect = Expect { field: "mem_k", dtype: shape.dtype(), at_least: [batch, blocks.max(1), mem_len], exactly };
+            expect.input(k)?;
+            Expect { field: "mem_v", ..expect }.input(v)?;
+            let expect = Expect { field: "to_k", dtype: shape.kv_dtype(), at_least: [slots, blocks.max(1), mem_len], exactly };
+            expect.output(to_k)?;
+            Expect { field: "to_v", ..expect }.output(to_v)?;
+        }
+        let (rows, mem) = (self.rows.as_ref(), self.mem_rows.as_ref());
+        check_overlap(
+            &[
+                rows.map(|r| ("ring", &*r.ring, None)),
+                mem.map(|m| ("to_k", &*m.to_k.mem, Some(&m.to_k.layout))),
+                mem.map(|m| ("to_v", &*m.to_v.mem, Some(&m.to_v.layout))),
+            ],
+            &[
+                rows.map(|r| ("k", r.k.mem, Some(&r.k.layout))),
+                rows.map(|r| ("v", r.v.mem, Some(&r.v.layout))),
+                mem.map(|m| ("mem_k", m.k.mem, Some(&m.k.layout))),
+                mem.map(|m| ("mem_v", m.v.mem, Some(&m.v.layout))),
+            ],
+        )
+    }
+}
+
+/// Checks the size of a key ring.
+pub(crate) fn check_ring<M: Memory + ?Sized>(ring: &M, plan: &impl Plan) -> Result<()> {
+    let need = plan.support().ring_bytes;
+    if ring.bytes() < need {
+        let rule = format!("at least the plan's ring_bytes = {need}");
+        return Err(crate::Error::invalid("ring", format!("{} bytes", ring.bytes()), rule));
+    }
+    Ok(())
+}

@@ -1,0 +1,272 @@
+//! The traits that a backend implements, and what it says of itself.
+
+use crate::{Append, Attend, Dtype, Error, InfiniRead, InfiniWrite, Memory, Merge, Result, Spans, Spec, ViewMut};
+use std::borrow::BorrowMut;
+use std::fmt;
+
+/// The operations of the contract.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Op {
+    /// [`Backend::append`].
+    Append,
+    /// [`Backend::attend`].
+    Attend,
+    /// [`Backend::infini_read`].
+    InfiniRead,
+    /// [`Backend::infini_write`].
+    InfiniWrite,
+    /// [`Backend::merge`].
+    Merge,
+}
+
+impl Op {
+    /// Every operation.
+    pub const ALL: [Op; 5] = [Op::Append, Op::Attend, Op::InfiniRead, Op::InfiniWrite, Op::Merge];
+
+    /// The name used in kernel ids and on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Op::Append => "append",
+            Op::Attend => "attend",
+            Op::InfiniRead => "infini_read",
+            Op::InfiniWrite => "infini_write",
+            Op::Merge => "merge",
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Names one kernel: `{backend}-{op}-{dtype}-{variant}`, e.g. `cpu-attend-bf16-scalar`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct KernelId {
+    /// [`Backend::name`].
+    pub backend: &'static str,
+    /// The operation.
+    pub op: Op,
+    /// The shape's dtype.
+    pub dtype: Dtype,
+    /// Instruction set, tile or device family.
+    pub variant: &'static str,
+}
+
+impl fmt::Display for KernelId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}-{}-{}", self.backend, self.op, self.dtype, self.variant)
+    }
+}
+
+/// What a backend will do for a [`Spec`]: a pure function of the spec and the device's abilities.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Support {
+    /// The kernel of each op of the spec, with its number of phases (see [`Support::phases`]).
+    pub kernels: Vec<(KernelId, usize)>,
+    /// Bytes of scratch memory that every call of the plan is handed; contents need not survive between calls.
+    pub scratch_bytes: u64,
+    /// Bytes that a forward call keeps for its backward call; 0 for inference.
+    pub saved_bytes: u64,
+    /// Bytes of the key ring of all slots. Slot `s` is bytes `s·ring_bytes/slots ..`: a slot is the page, copied whole.
+    pub ring_bytes: u64,
+}
+
+impl Support {
+    /// No scratch, nothing saved, no ring; add what the backend needs.
+    pub fn new(kernels: Vec<(KernelId, usize)>) -> Self {
+        Support { kernels, scratch_bytes: 0, saved_bytes: 0, ring_bytes: 0 }
+    }
+
+    /// Sets [`Support::scratch_bytes`].
+    #[must_use]
+    pub fn scratch_bytes(mut self, bytes: u64) -> Self {
+        self.scratch_bytes = bytes;
+        self
+    }
+
+    /// Sets [`Support::ring_bytes`].
+    #[must_use]
+    pub fn ring_bytes(mut self, bytes: u64) -> Self {
+        self.ring_bytes = bytes;
+        self
+    }
+
+    /// The kernel that serves `op`.
+    pub fn kernel(&self, op: Op) -> Option<KernelId> {
+        self.kernels.iter().find(|(id, _)| id.op == op).map(|(id, _)| *id)
+    }
+
+    /// Phases of `op`: parts of the work with a barrier between, where a caller runs slices of it on threads of its own. 1 on a GPU.
+    pub fn phases(&self, op: Op) -> usize {
+        self.kernels.iter().find(|(id, _)| id.op == op).map_or(0, |(_, phases)| *phases)
+    }
+}
+
+/// A kernel chosen for every op of a [`Spec`]. Made once, used by all layers and steps.
+pub trait Plan: Send + Sync {
+    /// What it was made for.
+    fn spec(&self) -> &Spec;
+    /// What was chosen.
+    fn support(&self) -> &Support;
+}
+
+/// A device, or a set of threads, that runs the contract's operations.
+///
+/// Operations only *enqueue*: on the caller's queue, with borrowed views and scratch memory that the caller owns. They allocate no device
+/// memory, never synchronise, load a module, read back or touch a global, so they can be captured into a graph. They check their arguments
+/// first (`args.validate(plan)`) and enqueue nothing on error. An op that a backend lacks is `Unsupported` when the plan is made.
+pub trait Backend {
+    /// Memory of the device: `[u8]` on the CPU, a region of a buffer elsewhere.
+    type Mem: ?Sized + Memory;
+    /// Where work is enqueued, borrowed from the caller: a thread pool, a CUDA stream, a wgpu encoder.
+    type Queue<'q>;
+    /// The kernels chosen for a spec.
+    type Plan: Plan;
+
+    /// The name in kernel ids, reports and on the command line.
+    fn name(&self) -> &'static str;
+
+    /// What this backend would do for `spec`, without doing any of it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] or [`Error::LimitExceeded`], naming what is not served.
+    fn support(&self, spec: &Spec) -> Result<Support>;
+
+    /// Chooses and loads the kernels. May be slow; it is made once.
+    ///
+    /// # Errors
+    /// Those of [`Backend::support`], and what loading can bring.
+    fn plan(&self, spec: &Spec) -> Result<Self::Plan>;
+
+    /// Copies new keys and values into the ring, and memory rows into their buffer.
+    ///
+    /// # Errors
+    /// As [`Append::validate`]; [`Error::DeviceLost`].
+    fn append(
+        &self,
+        plan: &Self::Plan,
+        _queue: &mut Self::Queue<'_>,
+        _args: Append<'_, Self::Mem>,
+        _scratch: &mut Self::Mem,
+    ) -> Result<()> {
+        self.missing(plan, Op::Append)
+    }
+
+    /// One joint softmax over window, memory and the current block.
+    ///
+    /// # Errors
+    /// As [`Attend::validate`]; [`Error::DeviceLost`].
+    fn attend(
+        &self,
+        plan: &Self::Plan,
+        _queue: &mut Self::Queue<'_>,
+        _args: Attend<'_, Self::Mem>,
+        _scratch: &mut Self::Mem,
+    ) -> Result<()> {
+        self.missing(plan, Op::Attend)
+    }
+
+    /// Reads the compressive memory and gates it into the local attention.
+    ///
+    /// # Errors
+    /// As [`InfiniRead::validate`]; [`Error::DeviceLost`].
+    fn infini_read(
+        &self,
+        plan: &Self::Plan,
+        _queue: &mut Self::Queue<'_>,
+        _args: InfiniRead<'_, Self::Mem>,
+        _scratch: &mut Self::Mem,
+    ) -> Result<()> {
+        self.missing(plan, Op::InfiniRead)
+    }
+
+    /// Writes whole segments into the compressive memory.
+    ///
+    /// # Errors
+    /// As [`InfiniWrite::validate`]; [`Error::DeviceLost`].
+    fn infini_write(
+        &self,
+        plan: &Self::Plan,
+        _queue: &mut Self::Queue<'_>,
+        _args: InfiniWrite<'_, Self::Mem>,
+        _scratch: &mut Self::Mem,
+    ) -> Result<()> {
+        self.missing(plan, Op::InfiniWrite)
+    }
+
+    /// Combines attention over two disjoint key sets.
+    ///
+    /// # Errors
+    /// As [`Merge::validate`]; [`Error::DeviceLost`].
+    fn merge(
+        &self,
+        plan: &Self::Plan,
+        _queue: &mut Self::Queue<'_>,
+        _args: Merge<'_, Self::Mem>,
+        _scratch: &mut Self::Mem,
+    ) -> Result<()> {
+        self.missing(plan, Op::Merge)
+    }
+
+    /// What the ops above return where a backend leaves them out: plans for them cannot be made.
+    #[doc(hidden)]
+    fn missing(&self, plan: &Self::Plan, op: Op) -> Result<()> {
+        Err(Error::no_kernel(op, plan.spec().shape().dtype(), self.name()))
+    }
+}
+
+/// Owning memory and moving bytes: what [`crate::Streams`], tests and the command line need beside the operations. An engine that embeds
+/// the operations never meets this trait.
+pub trait Device: Backend {
+    /// Memory that this crate owns.
+    type Owned: BorrowMut<Self::Mem> + Send;
+
+    /// `bytes` bytes of zeros, aligned for any element type.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::LimitExceeded`], [`Error::DeviceLost`].
+    fn alloc(&self, bytes: u64) -> Result<Self::Owned>;
+
+    /// Copies from the host, after all work submitted before.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] past the end; [`Error::DeviceLost`].
+    fn upload(&self, mem: &mut Self::Mem, offset: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies to the host; waits for all work submitted before.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] past the end; [`Error::DeviceLost`].
+    fn download(&self, mem: &Self::Mem, offset: u64, bytes: &mut [u8]) -> Result<()>;
+
+    /// Enqueues zeros in bytes `at`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] past the end; [`Error::DeviceLost`].
+    fn clear(&self, queue: &mut Self::Queue<'_>, mem: &mut Self::Mem, at: std::ops::Range<u64>) -> Result<()>;
+
+    /// Enqueues a copy of bytes `from` to `to ..`; the two do not overlap.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] past the end; [`Error::DeviceLost`].
+    fn copy_within(&self, queue: &mut Self::Queue<'_>, mem: &mut Self::Mem, from: std::ops::Range<u64>, to: u64) -> Result<()>;
+
+    /// Enqueues the inverse of [`Backend::append`] for rows: keys and values of the spans' tokens, from the ring to `k` and `v`
+    /// (`[N, 1, L, Hkv, D]` in kv_dtype).
+    ///
+    /// # Errors
+    /// As [`Append::validate`]; [`Error::DeviceLost`].
+    fn read_ring(
+        &self,
+        plan: &Self::Plan,
+        queue: &mut Self::Queue<'_>,
+        spans: Spans<'_, Self::Mem>,
+        ring: &Self::Mem,
+        k: ViewMut<'_, Self::Mem>,
+        v: ViewMut<'_, Self::Mem>,
+    ) -> Result<()>;
+}

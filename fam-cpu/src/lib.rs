@@ -1,0 +1,1 @@
+//! Attention with a memory on the CPU
