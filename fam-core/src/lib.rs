@@ -8,6 +8,8 @@ mod element;
 mod error;
 mod infini;
 mod merge;
+#[doc(hidden)]
+pub mod mutants;
 mod shape;
 mod span;
 mod view;
