@@ -43,6 +43,11 @@ impl<'a, M: ?Sized> Rows<'a, M> {
         Rows { q, o, lse: None }
     }
 
+    /// The same rows, borrowed for less long.
+    pub fn reborrow(&mut self) -> Rows<'_, M> {
+        Rows { q: self.q, o: self.o.reborrow(), lse: self.lse.as_mut().map(ViewMut::reborrow) }
+    }
+
     /// Asks for the log-sum-exp too.
     #[must_use]
     pub fn lse(mut self, lse: ViewMut<'a, M>) -> Self {

@@ -225,7 +225,7 @@ pub trait Device: Backend {
     /// Memory that this crate owns.
     type Owned: BorrowMut<Self::Mem> + Send;
 
-    /// `bytes` bytes of zeros, aligned for any element type.
+    /// Exactly `bytes` bytes of zeros ([`Memory::bytes`]), aligned for any element type.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`], [`Error::LimitExceeded`], [`Error::DeviceLost`].
@@ -242,6 +242,12 @@ pub trait Device: Backend {
     /// # Errors
     /// [`Error::Invalid`] past the end; [`Error::DeviceLost`].
     fn download(&self, mem: &Self::Mem, offset: u64, bytes: &mut [u8]) -> Result<()>;
+
+    /// Submits what was enqueued on `queue` and waits until it is done.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`].
+    fn synchronize(&self, queue: &mut Self::Queue<'_>) -> Result<()>;
 
     /// Enqueues zeros in bytes `at`.
     ///

@@ -11,7 +11,9 @@ mod merge;
 #[doc(hidden)]
 pub mod mutants;
 mod shape;
+mod snapshot;
 mod span;
+mod streams;
 mod view;
 
 pub use append::{Append, AppendMem, AppendRows};
@@ -24,4 +26,5 @@ pub use infini::{InfiniRead, InfiniWrite};
 pub use merge::{Merge, Partial};
 pub use shape::{InfiniRule, MAX_ELEMENTS, Shape, ShapeBuilder, Spec, SpecBuilder, Window};
 pub use span::{Span, Spans};
+pub use streams::{Pending, Step, StepInfini, Streams};
 pub use view::{Layout, Memory, View, ViewMut};
