@@ -67,7 +67,7 @@ mod sealed {
     impl Sealed for half::bf16 {}
 }
 
-/// A Rust type that is the element of a tensor: [`f32`], [`f16`] or [`bf16`].
+/// A Rust type that is the element of a tensor: `f32`, [`struct@f16`] or [`bf16`].
 pub trait Element: sealed::Sealed + bytemuck::Pod + Send + Sync {
     /// Its run-time name.
     const DTYPE: Dtype;
