@@ -20,7 +20,7 @@ impl Window {
     pub fn first(self, position: u64, block_len: usize) -> u64 {
         match self {
             Window::Blocks(m) => {
-                let block_len = block_len as u64;
+                let block_len = block_len.max(1) as u64;
                 (position / block_len).saturating_sub(m as u64).saturating_mul(block_len)
             }
             Window::Tokens(w) => position.saturating_add(1).saturating_sub(w as u64),
@@ -31,7 +31,7 @@ impl Window {
     fn ring_rows(self, block_len: usize) -> Option<usize> {
         match self {
             Window::Blocks(m) => m.checked_mul(block_len),
-            Window::Tokens(w) => (w - 1).div_ceil(block_len).checked_mul(block_len),
+            Window::Tokens(w) => w.saturating_sub(1).div_ceil(block_len).checked_mul(block_len),
         }
     }
 }
@@ -358,6 +358,9 @@ impl SpecBuilder {
         let s = &self.shape;
         let blocks = self.blocks.unwrap_or(self.rows.div_ceil(s.block_len).max(1));
         let slots = self.slots.unwrap_or(self.batch);
+        if blocks == 0 {
+            return Err(Error::invalid("blocks", 0, "at least 1"));
+        }
         if slots > u32::MAX as usize || self.rows > u32::MAX as usize {
             let requested = slots.max(self.rows) as u64;
             return Err(Error::LimitExceeded { what: "slots or rows", requested, max: u32::MAX.into() });

@@ -48,7 +48,7 @@ impl Span {
 
     /// One past the last token's position.
     pub fn end(&self) -> u64 {
-        self.start + u64::from(self.len)
+        self.start.saturating_add(self.len.into())
     }
 
     /// nb: blocks that the tokens touch; 0 without tokens.
@@ -56,15 +56,15 @@ impl Span {
         if self.len == 0 {
             return 0;
         }
-        let b = block_len as u64;
+        let b = block_len.max(1) as u64;
         ((self.end() - 1) / b - self.start / b + 1) as usize
     }
 
     /// Positions of the keys that the memory rows of the call's `i`-th block see: the block's keys up to the call's end.
     pub fn block_keys(&self, i: usize, block_len: usize) -> std::ops::Range<u64> {
-        let b = block_len as u64;
-        let first = (self.start / b + i as u64) * b;
-        first.max(self.origin)..(first + b).min(self.end())
+        let b = block_len.max(1) as u64;
+        let first = (self.start / b).saturating_add(i as u64).saturating_mul(b);
+        first.max(self.origin)..first.saturating_add(b).min(self.end())
     }
 
     /// Position of the first key that a block row at `position` sees.

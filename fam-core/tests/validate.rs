@@ -1,0 +1,220 @@
+//! Everything that is refused at the door, by name; and that nothing at the door panics, whatever the numbers.
+
+use fam_core::*;
+use proptest::prelude::*;
+
+/// Memory of a given size in buffer 7, so that overlaps are checked.
+#[derive(Debug)]
+struct Region {
+    first: u64,
+    bytes: u64,
+}
+
+impl Memory for Region {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+    fn place(&self) -> Option<(u64, u64)> {
+        Some((7, self.first))
+    }
+}
+
+struct TestPlan(Spec, Support);
+
+impl Plan for TestPlan {
+    fn spec(&self) -> &Spec {
+        &self.0
+    }
+    fn support(&self) -> &Support {
+        &self.1
+    }
+}
+
+fn region(first: u64) -> Region {
+    Region { first, bytes: 1 << 20 }
+}
+
+fn shape() -> ShapeBuilder {
+    Shape::builder().heads(4).kv_heads(2).head_dim(8).block_len(4).window(Window::Blocks(1)).mem_len(3)
+}
+
+fn plan(spec: SpecBuilder) -> TestPlan {
+    TestPlan(spec.build().unwrap(), Support::new(vec![]).ring_bytes(1 << 16))
+}
+
+fn field(error: Error) -> String {
+    match error {
+        Error::Invalid { field, .. } => field.into(),
+        Error::LimitExceeded { what, .. } => what.into(),
+        Error::Unsupported { what, .. } => what.into(),
+        other => panic!("unexpected {other:?}"),
+    }
+}
+
+#[test]
+fn shapes_that_break_a_rule_name_the_field() {
+    let refused = |b: ShapeBuilder| field(b.build().unwrap_err());
+    assert_eq!(refused(shape().heads(0)), "heads");
+    assert_eq!(refused(shape().kv_heads(0)), "kv_heads");
+    assert_eq!(refused(shape().kv_heads(3)), "heads");
+    assert_eq!(refused(shape().head_dim(0)), "head_dim");
+    assert_eq!(refused(shape().block_len(0)), "block_len");
+    assert_eq!(refused(shape().window(Window::Tokens(0))), "window");
+    assert_eq!(refused(shape().scale(f32::NAN)), "scale");
+    assert_eq!(refused(shape().scale(f32::INFINITY)), "scale");
+    assert_eq!(refused(shape().dtype(Dtype::F16).kv_dtype(Dtype::F32)), "kv_dtype");
+    assert_eq!(refused(shape().block_len(1 << 40)), "elements of one block's q");
+    assert_eq!(refused(shape().mem_len(usize::MAX)), "elements of one set of memory rows");
+    assert_eq!(refused(shape().head_dim(1 << 16).block_len(1)), "elements of one slot's m");
+    shape().kv_dtype(Dtype::F32).build().unwrap();
+}
+
+#[test]
+fn specs_that_break_a_rule_name_the_field() {
+    let s = shape().build().unwrap();
+    let refused = |b: SpecBuilder| field(b.build().unwrap_err());
+    assert_eq!(refused(s.spec(1, 4).ring_rows(4)), "ring_rows");
+    assert_eq!(refused(s.spec(1, 4).ring_rows(9)), "ring_rows");
+    assert_eq!(refused(s.spec(1, 4).blocks(0)), "blocks");
+    assert_eq!(refused(s.spec(1, 4).out_dtype(Dtype::F16)), "out_dtype");
+    assert_eq!(refused(s.spec(usize::MAX, usize::MAX)), "slots or rows");
+    assert_eq!(refused(s.spec(1 << 20, 1 << 20)), "elements of q");
+    assert_eq!(refused(s.spec(1, 4).slots(1 << 28)), "elements of the key ring");
+    let wide = shape().window(Window::Blocks(usize::MAX)).build().unwrap();
+    assert_eq!(refused(wide.spec(1, 4)), "ring rows");
+    assert_eq!(s.spec(1, 4).build().unwrap().ring_rows(), 8);
+    let tokens = shape().window(Window::Tokens(6)).build().unwrap();
+    assert_eq!(tokens.spec(1, 4).build().unwrap().ring_rows(), 12);
+    assert_eq!(s.spec(0, 0).build().unwrap().blocks(), 1);
+}
+
+#[test]
+fn spans_that_break_a_rule_name_the_field() {
+    let s = shape().build().unwrap();
+    let plan = plan(s.spec(2, 4).slots(3));
+    let (k, v, mut ring) = (region(0), region(1 << 20), region(2 << 20));
+    let layout = Layout::tokens(Dtype::F32, [2, 4, 2, 8]);
+    let mut check = |spans: &[Span]| {
+        let args = Append::new(Spans::Host(spans)).rows(View::new(&k, layout), View::new(&v, layout), &mut ring);
+        args.validate(&plan)
+    };
+    check(&[Span::new(0, 0, 4), Span::new(2, 5, 3)]).unwrap();
+    check(&[]).unwrap();
+    assert_eq!(field(check(&[Span::new(3, 0, 4)]).unwrap_err()), "span.slot");
+    assert_eq!(field(check(&[Span::new(1, 0, 4), Span::new(1, 0, 4)]).unwrap_err()), "span.slot");
+    assert_eq!(field(check(&[Span::new(0, 0, 4).with_mem_rows(4)]).unwrap_err()), "span.mem_rows");
+    assert_eq!(field(check(&[Span::new(0, 3, 4).with_origin(4)]).unwrap_err()), "span.origin");
+    assert!(field(check(&[Span::new(0, 0, 5)]).unwrap_err()).contains("rows"));
+    assert!(field(check(&[Span::new(0, 1, 4)]).unwrap_err()).contains("blocks touched"));
+    assert_eq!(field(check(&[Span::new(0, u64::MAX, 4)]).unwrap_err()), "span.start");
+    assert!(field(check(&[Span::default(), Span::new(1, 0, 0), Span::new(2, 0, 0)]).unwrap_err()).contains("batch"));
+}
+
+#[test]
+fn views_that_break_a_rule_name_the_field() {
+    let s = shape().build().unwrap();
+    let plan = plan(s.spec(1, 4));
+    let spans = [Span::new(0, 0, 4).with_mem_rows(3)];
+    let good = Layout::tokens(Dtype::F32, [1, 4, 4, 8]);
+    let kv = Layout::tokens(Dtype::F32, [1, 4, 2, 8]);
+    let mem = Layout::packed(Dtype::F32, [1, 1, 3, 2, 8]);
+    let check = |q: Layout, o: Layout, at: u64, k: Layout, mem: Option<Layout>, lse: Option<Layout>| {
+        let (qm, km, mm) = (region(0), region(1 << 20), region(2 << 20));
+        let (mut om, mut lm) = (region(at), region(4 << 20));
+        let mut rows = Rows::new(View::new(&qm, q), ViewMut::new(&mut om, o));
+        rows.lse = lse.map(|l| ViewMut::new(&mut lm, l));
+        let keys = Keys::Strided { k: View::new(&km, k), v: View::new(&km, k) };
+        let mut args = Attend::new(Spans::Host(&spans), keys).rows(rows);
+        if let Some(mem) = mem {
+            args = args.mem(View::new(&mm, mem), View::new(&mm, mem));
+        }
+        args.validate(&plan).map_err(field)
+    };
+    let free = 3 << 20;
+    check(good, good, free, kv, Some(mem), None).unwrap();
+    // Inputs may repeat, outputs may not.
+    check(good.with_stride([0; 4]), good, free, kv, Some(mem), None).unwrap();
+    assert_eq!(check(good, good.with_stride([0; 4]), free, kv, Some(mem), None), Err("o".into()));
+    assert_eq!(check(good, good.with_stride([128, 128, 32, 7]), free, kv, Some(mem), None), Err("o".into()));
+    // Heads outermost, as (batch, heads, tokens, dim) callers have them.
+    check(good, good.with_stride([128, 128, 8, 32]), free, kv, Some(mem), None).unwrap();
+    let short = Layout::tokens(Dtype::F32, [1, 3, 4, 8]);
+    assert_eq!(check(short, good, free, kv, Some(mem), None), Err("q".into()));
+    assert_eq!(check(Layout { dtype: Dtype::F16, ..good }, good, free, kv, Some(mem), None), Err("q".into()));
+    assert_eq!(check(good.with_offset(1 << 18), good, free, kv, Some(mem), None), Err("q".into()));
+    assert_eq!(check(good.with_offset(usize::MAX), good, free, kv, Some(mem), None), Err("q".into()));
+    assert_eq!(check(good, good, free, Layout::tokens(Dtype::F32, [1, 3, 2, 8]), Some(mem), None), Err("k".into()));
+    assert_eq!(check(good, good, free, kv, None, None), Err("mem".into()));
+    assert_eq!(check(good, good, free, kv, Some(Layout::packed(Dtype::F32, [1, 1, 2, 2, 8])), None), Err("mem_k".into()));
+    assert_eq!(check(good, good, free, kv, Some(mem), Some(Layout::tokens(Dtype::F16, [1, 4, 4, 1]))), Err("lse".into()));
+    // The output starts inside q, and just behind it.
+    assert_eq!(check(good, good, 511, kv, Some(mem), None), Err("o".into()));
+    check(good, good, 512, kv, Some(mem), None).unwrap();
+}
+
+#[test]
+fn compressive_memory_needs_its_shape_and_an_entry_more_than_segments() {
+    let s = shape().infini(InfiniRule::Delta).build().unwrap();
+    let with = plan(s.spec(1, 4));
+    let without = plan(shape().build().unwrap().spec(1, 4));
+    let spans = [Span::new(0, 0, 4)];
+    let check = |plan: &TestPlan, entries: usize| {
+        let (mut m, mut z, k) = (region(0), region(1 << 20), region(2 << 20));
+        let kv = Layout::tokens(Dtype::F32, [1, 4, 2, 8]);
+        let keys = Keys::Strided { k: View::new(&k, kv), v: View::new(&k, kv) };
+        let m = ViewMut::new(&mut m, Layout::infini_m(1, entries, 2, 8));
+        let z = ViewMut::new(&mut z, Layout::infini_z(1, entries, 2, 8));
+        InfiniWrite::new(Spans::Host(&spans), keys, m, z).validate(plan).map_err(field)
+    };
+    check(&with, 2).unwrap();
+    assert_eq!(check(&with, 1), Err("m".into()));
+    assert_eq!(check(&without, 2), Err("infini".into()));
+}
+
+proptest! {
+    /// Extreme numbers give an answer or an error, never a panic.
+    #[test]
+    fn extreme_sizes_do_not_panic(
+        sizes in prop::array::uniform5(prop_oneof![0usize..4, any::<usize>()]),
+        stride in prop::array::uniform4(prop_oneof![0usize..64, any::<usize>()]),
+        offset in prop_oneof![0usize..64, any::<usize>()],
+        start in any::<u64>(), origin in any::<u64>(), len in any::<u32>(),
+    ) {
+        let layout = Layout { offset, ..Layout::packed(Dtype::F16, sizes).with_stride(stride) };
+        let _ = (layout.elements(), layout.end_bytes());
+        let _ = (Layout::infini_m(sizes[0], sizes[1], sizes[2], sizes[3]), Layout::tokens(Dtype::F32, [sizes[0]; 4]));
+        let span = Span::new(1, start, len).with_origin(origin);
+        let _ = (span.end(), span.blocks(sizes[0]), span.block_keys(sizes[1], sizes[2]));
+        let s = shape().build().unwrap();
+        let _ = (span.first_key(&s), span.clamped(&s.spec(3, 4).build().unwrap()));
+        let b = Shape::builder().heads(sizes[0]).kv_heads(sizes[1]).head_dim(sizes[2]).block_len(sizes[3]).mem_len(sizes[4]);
+        for window in [Window::Blocks(stride[0]), Window::Tokens(stride[1])] {
+            if let Ok(shape) = b.clone().window(window).build() {
+                let _ = shape.spec(stride[2], stride[3]).blocks(offset).build();
+                let _ = (span.first_key(&shape), span.window_first(start, &shape));
+            }
+        }
+        let plan = plan(s.spec(2, 4));
+        let (k, v, mut ring) = (region(0), region(1 << 20), region(2 << 20));
+        let args = Append::new(Spans::Host(std::slice::from_ref(&span)));
+        let _ = args.rows(View::new(&k, layout), View::new(&v, layout), &mut ring).validate(&plan);
+    }
+
+    /// A layout that an output may have never names one byte twice.
+    #[test]
+    fn accepted_outputs_do_not_repeat(stride in prop::array::uniform4(0usize..40), rows in 1usize..4, heads in 1usize..3) {
+        let s = Shape::builder().heads(heads).head_dim(3).block_len(4).build().unwrap();
+        let plan = plan(s.spec(2, 4));
+        let layout = Layout::tokens(Dtype::F32, [2, rows, heads, 3]).with_stride(stride);
+        let (a, l, mut o) = (region(0), region(1 << 20), region(2 << 20));
+        let packed = Layout::tokens(Dtype::F32, [2, rows, heads, 3]);
+        let lse = Layout::tokens(Dtype::F32, [2, rows, heads, 1]);
+        let part = || Partial { o: View::new(&a, packed), lse: View::new(&l, lse) };
+        if Merge::new(part(), part(), ViewMut::new(&mut o, layout)).validate(&plan).is_ok() {
+            let mut seen = std::collections::HashSet::new();
+            for (n, r, h, d) in (0..2).flat_map(|n| (0..rows).flat_map(move |r| (0..heads).flat_map(move |h| (0..3).map(move |d| (n, r, h, d))))) {
+                prop_assert!(seen.insert(layout.at([n, 0, r, h]) + d));
+            }
+        }
+    }
+}
