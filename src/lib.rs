@@ -1,3 +1,13 @@
-//! Attention kernels with a memory.
+//! Attention kernels with a memory: TransformerFAM and Infini-attention behind one contract.
+//!
+//! This crate re-exports [`fam_core`] (the contract: read its page first) and the backends that its features switch on: `cpu` (default).
+//! Code that knows its backend uses it directly; code that does not calls [`select`] and matches the enum once.
+#![doc = concat!("\n\n```\n", include_str!("../examples/readme.rs"), "```\n")]
 #![forbid(unsafe_code)]
+
+mod select;
+
 pub use fam_core::*;
+#[cfg(feature = "cpu")]
+pub use fam_cpu as cpu;
+pub use select::{BackendName, Candidate, Selected, Selection, candidates, select};

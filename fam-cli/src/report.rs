@@ -1,0 +1,52 @@
+//! What a command prints: lines for people, or JSON Lines for programs (docs/json.md), never both on standard output.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::io::Write;
+
+/// Version of the JSON Lines; grows when a field changes its meaning or goes.
+pub const JSON_VERSION: u32 = 1;
+
+/// Where a command's output goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Report {
+    json: bool,
+}
+
+impl Report {
+    /// Starts a report; in JSON its first line is the environment.
+    pub fn new(json: bool, command: &str) -> Self {
+        let report = Report { json };
+        report.record("start", json!({ "version": JSON_VERSION, "command": command, "environment": crate::environment::describe() }));
+        report
+    }
+
+    /// A line for people; nothing in JSON.
+    pub fn line(&self, text: impl AsRef<str>) {
+        if !self.json {
+            // A closed pipe ends the reading, not the work.
+            let _ = writeln!(std::io::stdout(), "{}", text.as_ref());
+        }
+    }
+
+    /// A JSON line of the given type; nothing for people.
+    pub fn record(&self, kind: &str, value: impl Serialize) {
+        if !self.json {
+            return;
+        }
+        let mut line = json!({ "type": kind });
+        if let (Value::Object(line), Ok(Value::Object(fields))) = (&mut line, serde_json::to_value(value)) {
+            line.extend(fields);
+        }
+        let _ = writeln!(std::io::stdout(), "{line}");
+    }
+
+    /// A progress bar on standard error, over `total` steps; hidden in JSON and where standard error is no terminal.
+    pub fn progress(&self, total: u64, what: &'static str) -> ProgressBar {
+        let style = ProgressStyle::with_template("{prefix} [{bar:30}] {pos}/{len} {msg} (eta {eta})");
+        let bar = if self.json { ProgressBar::hidden() } else { ProgressBar::new(total) };
+        bar.set_prefix(what);
+        style.map_or(bar.clone(), |style| bar.with_style(style.progress_chars("=> ")))
+    }
+}

@@ -1,0 +1,113 @@
+//! The run-time choice of a backend: by name, or the best there is.
+
+use fam_core::{Error, Result};
+use std::fmt;
+use std::str::FromStr;
+
+/// What a user asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BackendName {
+    /// The first that works of: CUDA, a GPU through wgpu, the CPU, a software GPU through wgpu.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// Any GPU through wgpu.
+    Wgpu,
+    /// An NVIDIA GPU through CUDA.
+    Cuda,
+}
+
+impl BackendName {
+    /// The backends themselves, without `Auto`.
+    pub const ALL: [BackendName; 3] = [BackendName::Cuda, BackendName::Wgpu, BackendName::Cpu];
+
+    /// The name on the command line and in kernel ids.
+    pub const fn name(self) -> &'static str {
+        match self {
+            BackendName::Auto => "auto",
+            BackendName::Cpu => "cpu",
+            BackendName::Wgpu => "wgpu",
+            BackendName::Cuda => "cuda",
+        }
+    }
+}
+
+impl fmt::Display for BackendName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for BackendName {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        [BackendName::Auto]
+            .into_iter()
+            .chain(BackendName::ALL)
+            .find(|b| b.name() == s)
+            .ok_or_else(|| Error::invalid("backend", s, "one of auto, cpu, wgpu, cuda"))
+    }
+}
+
+/// A backend chosen at run time. Match it once, then go on in code that is generic over [`fam_core::Backend`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Selected {
+    /// The CPU.
+    #[cfg(feature = "cpu")]
+    Cpu(fam_cpu::Cpu),
+}
+
+/// A chosen backend and the reason.
+#[derive(Debug)]
+pub struct Selection {
+    /// The backend.
+    pub backend: Selected,
+    /// Why this one, in a few words.
+    pub reason: String,
+}
+
+/// One backend of this build or not, as [`candidates`] found it.
+#[derive(Debug)]
+pub struct Candidate {
+    /// Which.
+    pub name: BackendName,
+    /// The backend, or why it cannot be had.
+    pub backend: Result<Selected>,
+}
+
+/// Every backend that fam has, in the order that `auto` prefers.
+#[must_use]
+pub fn candidates() -> Vec<Candidate> {
+    BackendName::ALL.into_iter().map(|name| Candidate { name, backend: open(name) }).collect()
+}
+
+/// Opens the backend that was asked for. A named one is never replaced by another.
+///
+/// # Errors
+/// [`Error::BackendUnavailable`] with the reason.
+pub fn select(name: BackendName) -> Result<Selection> {
+    if name != BackendName::Auto {
+        return Ok(Selection { backend: open(name)?, reason: "asked for by name".into() });
+    }
+    let mut absent = Vec::new();
+    for candidate in candidates() {
+        match candidate.backend {
+            Ok(backend) if absent.is_empty() => return Ok(Selection { backend, reason: "the first choice of auto".into() }),
+            Ok(backend) => return Ok(Selection { backend, reason: format!("auto: {}", absent.join("; ")) }),
+            Err(Error::BackendUnavailable { backend, reason }) => absent.push(format!("no {backend} ({reason})")),
+            Err(other) => absent.push(other.to_string()),
+        }
+    }
+    Err(Error::BackendUnavailable { backend: "auto", reason: absent.join("; ") })
+}
+
+fn open(name: BackendName) -> Result<Selected> {
+    match name {
+        #[cfg(feature = "cpu")]
+        BackendName::Cpu => Ok(Selected::Cpu(fam_cpu::Cpu::new()?)),
+        _ => Err(Error::BackendUnavailable { backend: name.name(), reason: "not part of this build".into() }),
+    }
+}
