@@ -1,0 +1,210 @@
+//! `attend`: one joint softmax over window, memory and the current block (TransformerFAM, Algorithms 1 and 2).
+//!
+//! ```text
+//!                block rows q                           memory rows mem_q
+//!   window       the M past blocks, whole               -
+//!   memory       the first mem_rows rows                the first mem_rows rows
+//!   own block    causal, the row itself included        all keys up to the call's end
+//!
+//!   logit_t = scale * q.k_t        p_t = exp(logit_t) / sum        o = sum_t p_t v_t        lse = ln sum
+//!   sum     = exp(sink) + sum_t exp(logit_t)                                        the sink only where there is one
+//! ```
+
+use crate::Array;
+use fam_core::{Shape, Span};
+
+/// Arguments of [`attend`]. All arrays are indexed by stream n and, on the axis nb, by the n-th call's block i: `slot`,
+/// `mem_entry` and `state_entry` of a span are not looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct Attend<'a> {
+    /// Sizes, window and scale of the layer. Its dtype plays no part.
+    pub shape: &'a Shape,
+    /// One for each stream.
+    pub spans: &'a [Span],
+    /// Block rows, `[N, L, Hq, D]`.
+    pub q: Option<&'a Array<4>>,
+    /// Memory rows, `[N, nb, F, Hq, D]`: all F of a block, whatever `mem_rows`.
+    pub mem_q: Option<&'a Array<5>>,
+    /// Keys, `[N, T, Hkv, D]`; position j is row `j − origin`.
+    pub k: &'a Array<4>,
+    /// Values, as `k`.
+    pub v: &'a Array<4>,
+    /// Keys of the memory rows, `[N, nb, F, Hkv, D]`; the first `mem_rows` of each block are present. Needed where a span has any.
+    pub mem_k: Option<&'a Array<5>>,
+    /// Values of the memory rows, as `mem_k`.
+    pub mem_v: Option<&'a Array<5>>,
+    /// `[Hq]`: a logit that joins every row's denominator with a zero value.
+    pub sink: Option<&'a [f64]>,
+}
+
+/// What one group of rows gets: `[N, 1, L, Hq, ..]` for block rows, `[N, nb, F, Hq, ..]` for memory rows. Rows outside a span's
+/// `len` or blocks keep `o = 0`, `n = 0`, `lse = −inf`.
+///
+/// Beside the results stands what the error bound of a kernel is derived from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rows {
+    /// Output, `[.., Hq, D]`.
+    pub o: Array<5>,
+    /// Natural logarithm of the denominator, `[.., Hq]`; −inf for an empty row without sink.
+    pub lse: Array<4>,
+    /// A_j = Σ_t p_t |v_tj|, `[.., Hq, D]`.
+    pub a: Array<5>,
+    /// S = |scale| · max_t Σ_c |q_c k_tc|, `[.., Hq]`.
+    pub s: Array<4>,
+    /// Visible keys, the sink not counted, `[.., Hq]`.
+    pub n: Array<4>,
+    /// max |v| over the visible keys and all channels, `[.., Hq]`.
+    pub v_max: Array<4>,
+}
+
+/// Results of [`attend`], each present where its queries were.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attended {
+    /// Block rows.
+    pub rows: Option<Rows>,
+    /// Memory rows.
+    pub mem_rows: Option<Rows>,
+}
+
+/// Attends as the module says; both row groups are independent of each other.
+///
+/// A visible logit of −inf has weight 0, and a row without any other is empty: `o = +0`, `lse` = the sink or −inf. A logit of NaN
+/// or +inf makes its row NaN, and no other.
+///
+/// # Panics
+/// Where an array is smaller than shape and spans ask.
+pub fn attend(args: &Attend) -> Attended {
+    let (heads, d) = (args.shape.heads(), args.shape.head_dim());
+    let block_len = args.shape.block_len() as u64;
+
+    // Block rows: window, memory of their block, their block up to themselves.
+    let rows = args.q.map(|q| {
+        let mut rows = Rows::empty([args.spans.len(), 1, q.shape[1], heads, d]);
+        for (n, span) in args.spans.iter().enumerate() {
+            for t in 0..span.len as usize {
+                let position = span.start + t as u64;
+                let block = (position / block_len - span.start / block_len) as usize;
+                let visible = span.window_first(position, args.shape)..position + 1;
+                for h in 0..heads {
+                    let keys = args.keys(n, block, visible.clone(), h);
+                    rows.set([n, 0, t, h], q.row(&[n, t, h]), &keys, args.scale(), args.sink(h));
+                }
+            }
+        }
+        rows
+    });
+
+    // Memory rows: memory of their block, and the block, which they compress.
+    let mem_rows = args.mem_q.map(|mem_q| {
+        let [_, blocks, mem_len, ..] = mem_q.shape;
+        let mut rows = Rows::empty([args.spans.len(), blocks, mem_len, heads, d]);
+        for (n, span) in args.spans.iter().enumerate() {
+            for block in 0..span.blocks(args.shape.block_len()) {
+                let visible = span.block_keys(block, args.shape.block_len());
+                for h in 0..heads {
+                    let keys = args.keys(n, block, visible.clone(), h);
+                    for f in 0..args.shape.mem_len() {
+                        rows.set([n, block, f, h], mem_q.row(&[n, block, f, h]), &keys, args.scale(), args.sink(h));
+                    }
+                }
+            }
+        }
+        rows
+    });
+
+    Attended { rows, mem_rows }
+}
+
+/// Key and value of one visible row.
+type Key<'a> = (&'a [f64], &'a [f64]);
+
+impl<'a> Attend<'a> {
+    fn scale(&self) -> f64 {
+        self.shape.scale().into()
+    }
+
+    fn sink(&self, h: usize) -> Option<f64> {
+        self.sink.map(|sink| sink[h])
+    }
+
+    /// What query head `h` of stream `n` sees in the call's `block`: its memory keys, and the keys at `visible` positions.
+    fn keys(&self, n: usize, block: usize, visible: std::ops::Range<u64>, h: usize) -> Vec<Key<'a>> {
+        let h = h / self.shape.group();
+        let Span { origin, mem_rows, .. } = self.spans[n];
+        let mut keys = Vec::with_capacity(mem_rows as usize + (visible.end - visible.start) as usize);
+        if mem_rows > 0 {
+            let mem_k = self.mem_k.expect("mem_k is needed where a span has memory rows");
+            let mem_v = self.mem_v.expect("mem_v is needed where a span has memory rows");
+            keys.extend((0..mem_rows as usize).map(|f| (mem_k.row(&[n, block, f, h]), mem_v.row(&[n, block, f, h]))));
+        }
+        for position in visible {
+            let row = (position - origin) as usize;
+            keys.push((self.k.row(&[n, row, h]), self.v.row(&[n, row, h])));
+        }
+        keys
+    }
+}
+
+impl Rows {
+    fn empty(shape: [usize; 5]) -> Self {
+        let [batch, blocks, rows, heads, _] = shape;
+        let per_row = [batch, blocks, rows, heads];
+        Rows {
+            o: Array::zeros(shape),
+            lse: Array::full(per_row, f64::NEG_INFINITY),
+            a: Array::zeros(shape),
+            s: Array::zeros(per_row),
+            n: Array::zeros(per_row),
+            v_max: Array::zeros(per_row),
+        }
+    }
+
+    /// Softmax over `keys` for the query `q`, in two passes.
+    fn set(&mut self, at: [usize; 4], q: &[f64], keys: &[Key], scale: f64, sink: Option<f64>) {
+        let (o, a) = (self.o.row_mut(&at), self.a.row_mut(&at));
+
+        // 1. Logits, their maximum, and the conditioning.
+        let mut logits = Vec::with_capacity(keys.len());
+        let (mut row_max, mut s, mut v_max) = (f64::NEG_INFINITY, 0.0, 0.0);
+        for (k, v) in keys {
+            let (mut dot, mut dot_abs) = (0.0, 0.0);
+            for (q, k) in q.iter().zip(*k) {
+                dot += q * k;
+                dot_abs += (q * k).abs();
+            }
+            logits.push(scale * dot);
+            row_max = max(row_max, scale * dot);
+            s = max(s, scale.abs() * dot_abs);
+            v_max = v.iter().fold(v_max, |m, v| max(m, v.abs()));
+        }
+        (self.s[at], self.v_max[at], self.n[at]) = (s, v_max, keys.len() as f64);
+
+        // 2. An empty row has nothing but its sink.
+        if row_max == f64::NEG_INFINITY {
+            self.lse[at] = sink.unwrap_or(f64::NEG_INFINITY);
+            return;
+        }
+
+        // 3. Weights relative to the maximum, so that none overflows; the sink joins the sum alone.
+        row_max = sink.map_or(row_max, |sink| max(row_max, sink));
+        let mut row_sum = sink.map_or(0.0, |sink| (sink - row_max).exp());
+        for (logit, (_, v)) in logits.iter().zip(keys) {
+            let p = (logit - row_max).exp();
+            row_sum += p;
+            for ((o, a), v) in o.iter_mut().zip(a.iter_mut()).zip(*v) {
+                *o += p * v;
+                *a += p * v.abs();
+            }
+        }
+
+        // 4. Normalise once.
+        o.iter_mut().for_each(|o| *o /= row_sum);
+        a.iter_mut().for_each(|a| *a /= row_sum);
+        self.lse[at] = row_max + row_sum.ln();
+    }
+}
+
+/// The larger one, or NaN where either is: `f64::max` would lose it.
+pub(crate) fn max(a: f64, b: f64) -> f64 {
+    if b > a || b.is_nan() { b } else { a }
+}

@@ -1,0 +1,101 @@
+//! What a transformer layer has beside its attention: linear maps, RMSNorm, the gated activation, rotary positions, random weights.
+
+use crate::Array;
+
+/// Keeps [`rms_norm`] of an all-zero row at zero.
+const RMS_EPSILON: f64 = 1e-6;
+
+/// Base of the rotary wavelengths (TransformerFAM, App. B.2).
+const ROPE_THETA: f64 = 10_000.0;
+
+/// x w: `[T, I]` by `[I, J]` is `[T, J]`.
+pub(crate) fn linear(x: &Array<2>, w: &Array<2>) -> Array<2> {
+    let [tokens, inputs] = x.shape;
+    assert_eq!(inputs, w.shape[0], "inputs of a linear map");
+    let mut y = Array::zeros([tokens, w.shape[1]]);
+    for t in 0..tokens {
+        let y = y.row_mut(&[t]);
+        for (i, x) in x.row(&[t]).iter().enumerate() {
+            for (y, w) in y.iter_mut().zip(w.row(&[i])) {
+                *y += x * w;
+            }
+        }
+    }
+    y
+}
+
+/// x / rms(x) · gain, row by row of `[T, d_model]`; `gain` is `[d_model]`.
+pub(crate) fn rms_norm(x: &Array<2>, gain: &Array<1>) -> Array<2> {
+    let mut y = x.clone();
+    for t in 0..x.shape[0] {
+        let row = y.row_mut(&[t]);
+        let mean_square = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
+        let rms = (mean_square + RMS_EPSILON).sqrt();
+        for (y, gain) in row.iter_mut().zip(&gain.data) {
+            *y = *y / rms * gain;
+        }
+    }
+    y
+}
+
+/// x + y, elementwise.
+pub(crate) fn add(mut x: Array<2>, y: &Array<2>) -> Array<2> {
+    assert_eq!(x.shape, y.shape, "terms of a sum");
+    x.data.iter_mut().zip(&y.data).for_each(|(x, y)| *x += y);
+    x
+}
+
+/// silu(gate) · up, elementwise, with silu(x) = x · sigmoid(x).
+pub(crate) fn gated(gate: Array<2>, mut up: Array<2>) -> Array<2> {
+    up.data.iter_mut().zip(&gate.data).for_each(|(up, x)| *up *= x / (1.0 + (-x).exp()));
+    up
+}
+
+/// Rotates the vectors of `[T, H, D]` to positions `first_position`, `first_position + 1`, …: channels i and i + D/2 are a pair
+/// (half-split) and turn by position · 10000^(−2i/D). Of an odd D the last channel stays.
+pub(crate) fn rotate(x: &mut Array<3>, first_position: i64) {
+    let [tokens, heads, d] = x.shape;
+    let half = d / 2;
+    for t in 0..tokens {
+        let position = (first_position + t as i64) as f64;
+        for i in 0..half {
+            let (sin, cos) = (position * ROPE_THETA.powf(-2.0 * i as f64 / d as f64)).sin_cos();
+            for h in 0..heads {
+                let row = x.row_mut(&[t, h]);
+                let (a, b) = (row[i], row[i + half]);
+                (row[i], row[i + half]) = (a * cos - b * sin, a * sin + b * cos);
+            }
+        }
+    }
+}
+
+/// Random numbers from a seed, the same on every machine: SplitMix64, made uniform by integer arithmetic alone.
+#[derive(Clone, Debug)]
+pub struct Random {
+    state: u64,
+}
+
+impl Random {
+    /// The sequence of `seed`.
+    pub fn new(seed: u64) -> Self {
+        Random { state: seed }
+    }
+
+    /// Uniform numbers with mean 0 and standard deviation `std`.
+    pub fn array<const R: usize>(&mut self, shape: [usize; R], std: f64) -> Array<R> {
+        let mut array = Array::zeros(shape);
+        // A uniform number of [−1, 1) has standard deviation 1/√3.
+        array.data.iter_mut().for_each(|x| *x = self.uniform() * 3f64.sqrt() * std);
+        array
+    }
+
+    /// Uniform in [−1, 1).
+    fn uniform(&mut self) -> f64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.state;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^= x >> 31;
+        (x >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    }
+}

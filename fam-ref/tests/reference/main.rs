@@ -1,0 +1,7 @@
+//! The reference against formulations that share no code with it, and against results for real activations computed elsewhere.
+
+mod attend;
+mod common;
+mod infini;
+mod layer;
+mod real_activations;
