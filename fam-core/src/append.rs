@@ -1,7 +1,7 @@
 //! Arguments of `append`: new keys and values enter the cached tensors.
 
 use crate::span::Extent;
-use crate::view::{Expect, check_overlap};
+use crate::view::{Expect, check_bytes, check_overlap};
 use crate::{Memory, Plan, Result, Spans, View, ViewMut};
 
 /// Copies (converts, packs) new keys and values to where `attend` reads them. Either group may be absent.
@@ -61,12 +61,13 @@ impl<'a, M: Memory + ?Sized> Append<'a, M> {
         self
     }
 
-    /// Checks every argument against the plan. Backends call this first; kernels then trust.
+    /// Checks every argument and the call's scratch memory against the plan. Backends call this first; kernels then trust.
     ///
     /// # Errors
     /// [`crate::Error::Invalid`] or [`crate::Error::LimitExceeded`], naming field, value and rule.
-    pub fn validate(&self, plan: &impl Plan) -> Result<()> {
+    pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
         let spec = plan.spec();
+        check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();
         let Extent { batch, rows, blocks, slots, .. } = self.spans.validate(spec)?;
         let exactly = [shape.kv_heads(), shape.head_dim()];
@@ -74,7 +75,7 @@ impl<'a, M: Memory + ?Sized> Append<'a, M> {
             let expect = Expect { field: "k", dtype: shape.dtype(), at_least: [batch, 1, rows], exactly };
             expect.input(k)?;
             Expect { field: "v", ..expect }.input(v)?;
-            check_ring(*ring, plan)?;
+            check_bytes("ring", &**ring, plan.support().ring_bytes)?;
         }
         if let Some(AppendMem { k, v, to_k, to_v }) = &self.mem_rows {
             let mem_len = self.spans.mem_rows(spec);
@@ -88,6 +89,7 @@ impl<'a, M: Memory + ?Sized> Append<'a, M> {
         let (rows, mem) = (self.rows.as_ref(), self.mem_rows.as_ref());
         check_overlap(
             &[
+                Some(("scratch", scratch, None)),
                 rows.map(|r| ("ring", &*r.ring, None)),
                 mem.map(|m| ("to_k", &*m.to_k.mem, Some(&m.to_k.layout))),
                 mem.map(|m| ("to_v", &*m.to_v.mem, Some(&m.to_v.layout))),
@@ -97,17 +99,8 @@ impl<'a, M: Memory + ?Sized> Append<'a, M> {
                 rows.map(|r| ("v", r.v.mem, Some(&r.v.layout))),
                 mem.map(|m| ("mem_k", m.k.mem, Some(&m.k.layout))),
                 mem.map(|m| ("mem_v", m.v.mem, Some(&m.v.layout))),
+                self.spans.named(),
             ],
         )
     }
-}
-
-/// Checks the size of a key ring.
-pub(crate) fn check_ring<M: Memory + ?Sized>(ring: &M, plan: &impl Plan) -> Result<()> {
-    let need = plan.support().ring_bytes;
-    if ring.bytes() < need {
-        let rule = format!("at least the plan's ring_bytes = {need}");
-        return Err(crate::Error::invalid("ring", format!("{} bytes", ring.bytes()), rule));
-    }
-    Ok(())
 }

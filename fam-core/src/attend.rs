@@ -1,8 +1,7 @@
 //! Arguments of `attend`: one joint softmax over window, memory and the current block.
 
-use crate::append::check_ring;
 use crate::span::Extent;
-use crate::view::{Expect, check_overlap};
+use crate::view::{Expect, Named, check_bytes, check_overlap};
 use crate::{Dtype, Error, Memory, Plan, Result, Spans, Spec, View, ViewMut};
 
 /// Block rows over window, memory keys and their own block, and memory rows over memory keys and the block, in one launch.
@@ -96,7 +95,7 @@ impl<'a, M: Memory + ?Sized> Keys<'a, M> {
                 }
                 Ok(())
             }
-            Keys::Ring(ring) => check_ring(*ring, plan),
+            Keys::Ring(ring) => check_bytes("ring", *ring, plan.support().ring_bytes),
         }
     }
 
@@ -108,9 +107,6 @@ impl<'a, M: Memory + ?Sized> Keys<'a, M> {
         }
     }
 }
-
-/// A name, the memory and the layout in it (`None`: all of it), for overlap checks.
-pub(crate) type Named<'a, M> = (&'static str, &'a M, Option<&'a crate::Layout>);
 
 /// Keys and values of memory rows, `[slots, entries, F, Hkv, D]` in the shape's kv_dtype; see [`crate::Span::mem_entry`].
 #[derive(Debug)]
@@ -210,12 +206,13 @@ impl<'a, M: Memory + ?Sized> Attend<'a, M> {
         self
     }
 
-    /// Checks every argument against the plan. Backends call this first; kernels then trust.
+    /// Checks every argument and the call's scratch memory against the plan. Backends call this first; kernels then trust.
     ///
     /// # Errors
     /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
-    pub fn validate(&self, plan: &impl Plan) -> Result<()> {
+    pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
         let spec = plan.spec();
+        check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();
         let extent = self.spans.validate(spec)?;
         let Extent { batch, rows, blocks, slots, .. } = extent;
@@ -254,6 +251,7 @@ impl<'a, M: Memory + ?Sized> Attend<'a, M> {
         let (r, mr) = (self.rows.as_ref(), self.mem_rows.as_ref());
         check_overlap(
             &[
+                Some(("scratch", scratch, None)),
                 r.map(|r| ("o", &*r.o.mem, Some(&r.o.layout))),
                 r.and_then(|r| r.lse.as_ref()).map(|l| ("lse", &*l.mem, Some(&l.layout))),
                 mr.map(|r| ("mem_o", &*r.o.mem, Some(&r.o.layout))),
@@ -271,6 +269,7 @@ impl<'a, M: Memory + ?Sized> Attend<'a, M> {
                 m,
                 z,
                 beta,
+                self.spans.named(),
             ],
         )
     }

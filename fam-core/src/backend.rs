@@ -118,7 +118,7 @@ pub trait Plan: Send + Sync {
 ///
 /// Operations only *enqueue*: on the caller's queue, with borrowed views and scratch memory that the caller owns. They allocate no device
 /// memory, never synchronise, load a module, read back or touch a global, so they can be captured into a graph. They check their arguments
-/// first (`args.validate(plan)`) and enqueue nothing on error. An op that a backend lacks is `Unsupported` when the plan is made.
+/// first (`args.validate(plan, scratch)`) and enqueue nothing on error. An op that a backend lacks is `Unsupported` when the plan is made.
 pub trait Backend {
     /// Memory of the device: `[u8]` on the CPU, a region of a buffer elsewhere.
     type Mem: ?Sized + Memory;

@@ -1,7 +1,7 @@
 //! Arguments of `infini_read` and `infini_write`: the compressive memory of Infini-attention (arXiv 2404.07143, Eq. 5–11).
 
 use crate::attend::same_entries;
-use crate::view::{Expect, check_overlap};
+use crate::view::{Expect, check_bytes, check_overlap};
 use crate::{Dtype, Error, InfiniState, Keys, Memory, Plan, Result, Spans, View, ViewMut};
 
 /// Reads the compressive memory and gates it into the local attention:
@@ -25,12 +25,13 @@ impl<'a, M: Memory + ?Sized> InfiniRead<'a, M> {
         InfiniRead { spans, state, o_local, o }
     }
 
-    /// Checks every argument against the plan. Backends call this first; kernels then trust.
+    /// Checks every argument and the call's scratch memory against the plan. Backends call this first; kernels then trust.
     ///
     /// # Errors
     /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
-    pub fn validate(&self, plan: &impl Plan) -> Result<()> {
+    pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
         let spec = plan.spec();
+        check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();
         let extent = self.spans.validate(spec)?;
         self.state.validate(spec, &extent)?;
@@ -40,7 +41,10 @@ impl<'a, M: Memory + ?Sized> InfiniRead<'a, M> {
         Expect { field: "o", dtype: spec.out_dtype(), ..expect }.output(&self.o)?;
         let [q, m, z, beta] = self.state.named();
         let o_local = Some(("o_local", self.o_local.mem, Some(&self.o_local.layout)));
-        check_overlap(&[Some(("o", &*self.o.mem, Some(&self.o.layout)))], &[q, m, z, beta, o_local])
+        check_overlap(
+            &[Some(("scratch", scratch, None)), Some(("o", &*self.o.mem, Some(&self.o.layout)))],
+            &[q, m, z, beta, o_local, self.spans.named()],
+        )
     }
 }
 
@@ -66,12 +70,13 @@ impl<'a, M: Memory + ?Sized> InfiniWrite<'a, M> {
         InfiniWrite { spans, keys, m, z }
     }
 
-    /// Checks every argument against the plan. Backends call this first; kernels then trust.
+    /// Checks every argument and the call's scratch memory against the plan. Backends call this first; kernels then trust.
     ///
     /// # Errors
     /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
-    pub fn validate(&self, plan: &impl Plan) -> Result<()> {
+    pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
         let spec = plan.spec();
+        check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();
         if shape.infini().is_none() {
             return Err(Error::invalid("infini", "infini_write", "the shape has no compressive memory"));
@@ -83,9 +88,14 @@ impl<'a, M: Memory + ?Sized> InfiniWrite<'a, M> {
         Expect { field: "m", dtype: Dtype::F32, at_least: [extent.slots, entries, d], exactly: [kv, d] }.output(&self.m)?;
         Expect { field: "z", dtype: Dtype::F32, at_least: [extent.slots, entries, 1], exactly: [kv, d] }.output(&self.z)?;
         same_entries(&self.m.layout, &self.z.layout)?;
+        let [k, v] = self.keys.named();
         check_overlap(
-            &[Some(("m", &*self.m.mem, Some(&self.m.layout))), Some(("z", &*self.z.mem, Some(&self.z.layout)))],
-            &self.keys.named(),
+            &[
+                Some(("scratch", scratch, None)),
+                Some(("m", &*self.m.mem, Some(&self.m.layout))),
+                Some(("z", &*self.z.mem, Some(&self.z.layout))),
+            ],
+            &[k, v, self.spans.named()],
         )
     }
 }

@@ -1,7 +1,6 @@
 //! Arguments of `merge`: attention over two disjoint key sets becomes attention over their union.
 
-use crate::attend::Named;
-use crate::view::{Expect, check_overlap};
+use crate::view::{Expect, Named, check_bytes, check_overlap};
 use crate::{Dtype, Error, Memory, Plan, Result, View, ViewMut};
 
 /// o = (e^lse_a·o_a + e^lse_b·o_b) / (e^lse_a + e^lse_b), lse = ln(e^lse_a + e^lse_b). An lse of −inf means "no keys"; two of them
@@ -41,12 +40,13 @@ impl<'a, M: Memory + ?Sized> Merge<'a, M> {
         self
     }
 
-    /// Checks every argument against the plan. Backends call this first; kernels then trust.
+    /// Checks every argument and the call's scratch memory against the plan. Backends call this first; kernels then trust.
     ///
     /// # Errors
     /// [`Error::Invalid`], naming field, value and rule.
-    pub fn validate(&self, plan: &impl Plan) -> Result<()> {
+    pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
         let spec = plan.spec();
+        check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();
         let [batch, blocks, rows, ..] = self.o.layout.shape;
         let at_least = [batch, blocks, rows];

@@ -97,8 +97,9 @@ impl Span {
 pub enum Spans<'a, M: ?Sized> {
     /// Host values; checked before anything is enqueued.
     Host(&'a [Span]),
-    /// `batch` spans in device memory, as [`Span`] lays them out, at byte 0. Read and clamped by the kernel ([`Span::clamped`]), so a
-    /// captured graph can be replayed as the streams move on.
+    /// `batch` spans in device memory, as [`Span`] lays them out, at byte 0. The kernel reads them, clamps them to the plan
+    /// ([`Span::clamped`]) and to the sizes of the views, and takes `mem_rows` for 0 where there are no memory keys; so a captured graph
+    /// can be replayed as the streams move on.
     Device {
         /// The memory that holds them.
         mem: &'a M,
@@ -120,6 +121,14 @@ impl<'a, M: crate::Memory + ?Sized> Spans<'a, M> {
         match self {
             Spans::Host(spans) => spans.len(),
             Spans::Device { batch, .. } => *batch,
+        }
+    }
+
+    /// Device memory that the spans lie in, for overlap checks.
+    pub(crate) fn named(&self) -> Option<crate::view::Named<'_, M>> {
+        match self {
+            Spans::Host(_) => None,
+            Spans::Device { mem, .. } => Some(("spans", mem, None)),
         }
     }
 

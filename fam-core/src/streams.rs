@@ -201,7 +201,7 @@ impl<B: Device> Streams<B> {
         }
         let (to_k, to_v) = (ViewMut::new(mem.k.borrow_mut(), mem.layout), ViewMut::new(mem.v.borrow_mut(), mem.layout));
         let append = Append::new(Spans::Host(&self.spans)).mem_rows(mem_k, mem_v, to_k, to_v);
-        append.validate(plan)?;
+        append.validate(plan, scratch)?;
         let done = self.backend.append(plan, queue, append, scratch);
         for &slot in slots {
             self.slots[slot as usize].staged = if done.is_ok() { Staged::Set(rows as u32) } else { Staged::None };

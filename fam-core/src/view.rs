@@ -276,17 +276,29 @@ impl Expect {
     }
 }
 
+/// A name, the memory and the layout in it (`None`: all of it), for overlap checks.
+pub(crate) type Named<'a, M> = (&'static str, &'a M, Option<&'a Layout>);
+
+/// Checks the size of memory that an op uses whole: a key ring, or scratch.
+pub(crate) fn check_bytes<M: Memory + ?Sized>(field: &'static str, mem: &M, need: u64) -> Result<()> {
+    if mem.bytes() < need {
+        return Err(Error::invalid(field, format!("{} bytes", mem.bytes()), format!("at least the plan's {need} bytes")));
+    }
+    Ok(())
+}
+
 /// Refuses an output whose bytes overlap another argument's, where memory has a [`Memory::place`].
-pub(crate) fn check_overlap<M: Memory + ?Sized>(
-    outputs: &[Option<(&'static str, &M, Option<&Layout>)>],
-    inputs: &[Option<(&'static str, &M, Option<&Layout>)>],
-) -> Result<()> {
+pub(crate) fn check_overlap<M: Memory + ?Sized>(outputs: &[Option<Named<'_, M>>], inputs: &[Option<Named<'_, M>>]) -> Result<()> {
     // Address range of a tensor, or of the whole region where no layout is given.
-    let range = |&(_, mem, layout): &(&'static str, &M, Option<&Layout>)| {
+    let range = |&(_, mem, layout): &Named<'_, M>| {
         let (buffer, first) = mem.place()?;
         let (start, end) = match layout {
-            Some(l) => ((l.offset * l.dtype.bytes()) as u64, l.end_bytes()?),
             None => (0, mem.bytes()),
+            // Not empty: then the offset lies inside the memory.
+            Some(l) => match l.end_bytes()? {
+                0 => return None,
+                end => ((l.offset * l.dtype.bytes()) as u64, end),
+            },
         };
         (start < end).then_some((buffer, first + start, first + end))
     };

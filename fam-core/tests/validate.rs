@@ -96,7 +96,7 @@ fn spans_that_break_a_rule_name_the_field() {
     let layout = Layout::tokens(Dtype::F32, [2, 4, 2, 8]);
     let mut check = |spans: &[Span]| {
         let args = Append::new(Spans::Host(spans)).rows(View::new(&k, layout), View::new(&v, layout), &mut ring);
-        args.validate(&plan)
+        args.validate(&plan, &region(9 << 20))
     };
     check(&[Span::new(0, 0, 4), Span::new(2, 5, 3)]).unwrap();
     check(&[]).unwrap();
@@ -128,7 +128,7 @@ fn views_that_break_a_rule_name_the_field() {
         if let Some(mem) = mem {
             args = args.mem(View::new(&mm, mem), View::new(&mm, mem));
         }
-        args.validate(&plan).map_err(field)
+        args.validate(&plan, &region(9 << 20)).map_err(field)
     };
     let free = 3 << 20;
     check(good, good, free, kv, Some(mem), None).unwrap();
@@ -153,6 +153,24 @@ fn views_that_break_a_rule_name_the_field() {
 }
 
 #[test]
+fn scratch_and_device_spans_are_checked_like_tensors() {
+    let s = shape().build().unwrap();
+    let spec = s.spec(1, 4).build().unwrap();
+    let plan = TestPlan(spec, Support::new(vec![]).ring_bytes(64).scratch_bytes(4096));
+    let kv = Layout::tokens(Dtype::F32, [1, 4, 2, 8]);
+    let check = |scratch: Region, spans: Region| {
+        let (k, v, mut ring) = (region(0), region(1 << 20), region(2 << 20));
+        let args = Append::new(Spans::Device { mem: &spans, batch: 1 });
+        args.rows(View::new(&k, kv), View::new(&v, kv), &mut ring).validate(&plan, &scratch).map_err(field)
+    };
+    check(region(3 << 20), region(4 << 20)).unwrap();
+    assert_eq!(check(Region { first: 3 << 20, bytes: 4095 }, region(4 << 20)), Err("scratch".into()));
+    assert_eq!(check(region(0), region(4 << 20)), Err("scratch".into()));
+    assert_eq!(check(region(3 << 20), region(2 << 20)), Err("ring".into()));
+    assert_eq!(check(region(3 << 20), Region { first: 4 << 20, bytes: 39 }), Err("spans".into()));
+}
+
+#[test]
 fn compressive_memory_needs_its_shape_and_an_entry_more_than_segments() {
     let s = shape().infini(InfiniRule::Delta).build().unwrap();
     let with = plan(s.spec(1, 4));
@@ -164,7 +182,7 @@ fn compressive_memory_needs_its_shape_and_an_entry_more_than_segments() {
         let keys = Keys::Strided { k: View::new(&k, kv), v: View::new(&k, kv) };
         let m = ViewMut::new(&mut m, Layout::infini_m(1, entries, 2, 8));
         let z = ViewMut::new(&mut z, Layout::infini_z(1, entries, 2, 8));
-        InfiniWrite::new(Spans::Host(&spans), keys, m, z).validate(plan).map_err(field)
+        InfiniWrite::new(Spans::Host(&spans), keys, m, z).validate(plan, &region(9 << 20)).map_err(field)
     };
     check(&with, 2).unwrap();
     assert_eq!(check(&with, 1), Err("m".into()));
@@ -197,7 +215,7 @@ proptest! {
         let plan = plan(s.spec(2, 4));
         let (k, v, mut ring) = (region(0), region(1 << 20), region(2 << 20));
         let args = Append::new(Spans::Host(std::slice::from_ref(&span)));
-        let _ = args.rows(View::new(&k, layout), View::new(&v, layout), &mut ring).validate(&plan);
+        let _ = args.rows(View::new(&k, layout), View::new(&v, layout), &mut ring).validate(&plan, &region(9 << 20));
     }
 
     /// A layout that an output may have never names one byte twice.
@@ -210,7 +228,7 @@ proptest! {
         let packed = Layout::tokens(Dtype::F32, [2, rows, heads, 3]);
         let lse = Layout::tokens(Dtype::F32, [2, rows, heads, 1]);
         let part = || Partial { o: View::new(&a, packed), lse: View::new(&l, lse) };
-        if Merge::new(part(), part(), ViewMut::new(&mut o, layout)).validate(&plan).is_ok() {
+        if Merge::new(part(), part(), ViewMut::new(&mut o, layout)).validate(&plan, &region(9 << 20)).is_ok() {
             let mut seen = std::collections::HashSet::new();
             for (n, r, h, d) in (0..2).flat_map(|n| (0..rows).flat_map(move |r| (0..heads).flat_map(move |h| (0..3).map(move |d| (n, r, h, d))))) {
                 prop_assert!(seen.insert(layout.at([n, 0, r, h]) + d));

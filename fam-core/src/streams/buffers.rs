@@ -117,11 +117,11 @@ impl<B: Device> Buffers<B> {
         mut step: Step<'_, B::Mem>,
         scratch: &mut B::Mem,
     ) -> Result<()> {
-        Append::new(spans).rows(step.k, step.v, self.ring.borrow_mut()).validate(plan)?;
+        Append::new(spans).rows(step.k, step.v, self.ring.borrow_mut()).validate(plan, scratch)?;
         if let (Some(i), Some(u)) = (&mut self.infini, &step.infini) {
-            Append::new(spans).rows(u.k, step.v, i.ring.borrow_mut()).validate(plan)?;
+            Append::new(spans).rows(u.k, step.v, i.ring.borrow_mut()).validate(plan, scratch)?;
         }
-        self.attend(spans, &mut step).validate(plan)?;
+        self.attend(spans, &mut step).validate(plan, scratch)?;
 
         backend.append(plan, queue, Append::new(spans).rows(step.k, step.v, self.ring.borrow_mut()), scratch)?;
         if step.rows.is_some() || step.mem_rows.is_some() {
