@@ -1,0 +1,146 @@
+//! What a suite has covered: distribution × dtype × op, and every axis of the cases.
+
+use crate::case::{Case, KeySource};
+use crate::distribution::Distribution;
+use fam_core::{Dtype, Op, Window};
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Counts of executed cases.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Coverage {
+    cases: u64,
+    /// Attend cases, and those of them with two blocks or more, ring wrap, GQA and memory keys at once.
+    attend: u64,
+    dense: u64,
+    by_input: BTreeMap<(Distribution, &'static str, &'static str), u64>,
+    /// (op, axis) to value to count; values sort as numbers where they are.
+    by_axis: BTreeMap<(&'static str, &'static str), BTreeMap<(u64, String), u64>>,
+}
+
+impl Coverage {
+    /// Counts a case.
+    pub fn add(&mut self, case: &Case) {
+        self.cases += 1;
+        if case.op == Op::Attend {
+            self.attend += 1;
+            self.dense += u64::from(case.is_dense());
+        }
+        *self.by_input.entry((case.distribution, case.op.name(), case.shape.dtype().name())).or_default() += 1;
+        let s = &case.shape;
+        let number = |n: usize| (n as u64, n.to_string());
+        let name = |n: &str| (0, n.to_owned());
+        let flag = |b: bool| name(if b { "yes" } else { "no" });
+        let window = match s.window() {
+            Window::Blocks(m) => (m as u64, format!("{m} blocks")),
+            Window::Tokens(w) => (1 << 32 | w as u64, format!("{w} tokens")),
+            other => name(&format!("{other:?}")),
+        };
+        let axes = [
+            ("D", number(s.head_dim())),
+            ("heads", (s.heads() as u64, format!("{}/{}", s.heads(), s.kv_heads()))),
+            ("batch", number(case.batch())),
+            ("B", number(s.block_len())),
+            ("window", window),
+            ("F", number(s.mem_len())),
+            ("blocks", number(case.blocks())),
+            (
+                "keys",
+                name(match (case.keys, case.wraps()) {
+                    (KeySource::Linear, _) => "linear",
+                    (KeySource::Ring, false) => "ring",
+                    (KeySource::Ring, true) => "ring, wraps",
+                }),
+            ),
+            ("strides", name(case.strides.name())),
+            ("style", name(case.style.name())),
+            ("out", name(case.out_dtype.name())),
+            ("sink", flag(case.sink)),
+            ("lse", flag(case.lse)),
+            ("fused infini", flag(case.fused)),
+            ("device spans", flag(case.device_spans)),
+            (
+                "row groups",
+                name(match (case.rows, case.mem_rows) {
+                    (true, true) => "both",
+                    (true, false) => "block",
+                    (false, true) => "memory",
+                    (false, false) => "none",
+                }),
+            ),
+            (
+                "origin",
+                name(match case.spans.iter().map(|s| s.origin).max() {
+                    None | Some(0) => "0",
+                    Some(o) if o % s.block_len() as u64 == 0 => "aligned",
+                    _ => "unaligned",
+                }),
+            ),
+            ("absent memory rows", flag(case.spans.iter().any(|p| (p.mem_rows as usize) < s.mem_len()))),
+            ("empty streams", flag(case.spans.iter().any(|p| p.len == 0))),
+            ("shuffled slots", flag(case.spans.iter().enumerate().any(|(n, p)| p.slot as usize != n))),
+        ];
+        for (axis, value) in axes {
+            *self.by_axis.entry((case.op.name(), axis)).or_default().entry(value).or_default() += 1;
+        }
+        for span in &case.spans {
+            *self.by_axis.entry((case.op.name(), "len")).or_default().entry(number(span.len as usize)).or_default() += 1;
+        }
+    }
+
+    /// The share of attend cases with two blocks or more, ring wrap, GQA and memory keys, all at once. At least 0.3 in a suite.
+    pub fn dense_share(&self) -> f64 {
+        self.dense as f64 / (self.attend as f64).max(1.0)
+    }
+
+    /// Pairs of distribution, op and dtype that no case had, though the distribution says something about the op.
+    pub fn gaps(&self) -> Vec<String> {
+        let mut gaps = Vec::new();
+        for op in Op::ALL {
+            for distribution in Distribution::of(op) {
+                for dtype in Dtype::ALL {
+                    if !self.by_input.contains_key(&(distribution, op.name(), dtype.name())) {
+                        gaps.push(format!("{distribution} x {op} x {dtype}"));
+                    }
+                }
+            }
+        }
+        gaps
+    }
+}
+
+impl fmt::Display for Coverage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{} cases; {:.0} % of attend with two blocks or more, ring wrap, GQA and memory keys at once",
+            self.cases,
+            100.0 * self.dense_share()
+        )?;
+        write!(f, "{:18}", "distribution")?;
+        for op in Op::ALL {
+            write!(f, "{:>23}", op.name())?;
+        }
+        writeln!(f)?;
+        for distribution in Distribution::ALL {
+            write!(f, "{:18}", distribution.name())?;
+            for op in Op::ALL {
+                let count = |dtype: Dtype| self.by_input.get(&(distribution, op.name(), dtype.name())).copied().unwrap_or(0);
+                let [a, b, c] = Dtype::ALL.map(count);
+                write!(f, "{:>23}", if a + b + c == 0 { "-".into() } else { format!("{a} {b} {c}") })?;
+            }
+            writeln!(f)?;
+        }
+        writeln!(f, "(counts: f32 f16 bf16)")?;
+        for ((op, axis), values) in &self.by_axis {
+            if values.len() > 1 {
+                write!(f, "{op} {axis}:")?;
+                for ((_, value), count) in values {
+                    write!(f, " {value}={count}")?;
+                }
+                writeln!(f)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,334 @@
+//! The tensors of a case: their values, where each row lies, and which rows the call may see.
+
+use crate::case::{Case, KeySource};
+use crate::distribution::{Distribution, Source};
+use crate::guard::{Tensor, arrange};
+use crate::rng::Rng;
+use fam_core::{Dtype, Layout, Op, Span};
+use fam_ref::Array;
+
+/// The part that a tensor plays in a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    Q,
+    MemQ,
+    InfiniQ,
+    /// Keys and values in linear caches, or, for a ring, as `append` is given them.
+    K,
+    V,
+    MemK,
+    MemV,
+    Sink,
+    Beta,
+    M,
+    Z,
+    OLocal,
+    O,
+    Lse,
+    MemO,
+    MemLse,
+}
+
+use Role::*;
+
+const ROLES: usize = 16;
+
+/// One row that a call may see or must write: where it stands in the values' array `[n, i, row]`, and in the tensor.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub value: [usize; 3],
+    pub tensor: [usize; 3],
+}
+
+/// One call of `append` that fills the ring for one stream.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chunk {
+    pub start: u64,
+    pub len: u32,
+}
+
+impl Case {
+    /// First position whose key is stored; earlier ones are NaN or absent.
+    pub(crate) fn first_key(&self, span: &Span) -> u64 {
+        if span.len == 0 {
+            return span.start;
+        }
+        match self.op {
+            // Segments are whole blocks, whatever the window.
+            Op::InfiniWrite => span.block_keys(0, self.shape.block_len()).start,
+            _ => span.first_key(&self.shape),
+        }
+    }
+
+    /// The calls of `append` that fill the ring, per stream: stale keys, then the visible ones, in chunks that the plan serves.
+    pub(crate) fn chunks(&self, span: &Span) -> Vec<Chunk> {
+        let b = self.shape.block_len() as u64;
+        let mut chunks = Vec::new();
+        if span.len == 0 {
+            return chunks;
+        }
+        let mut start = self.first_key(span).saturating_sub(self.stale as u64).max(span.origin);
+        while start < span.end() {
+            let in_blocks = self.plan_blocks as u64 * b - start % b;
+            let len = (self.plan_rows as u64).min(in_blocks).min(span.end() - start);
+            chunks.push(Chunk { start, len: len as u32 });
+            start += len;
+        }
+        chunks
+    }
+
+    /// Sizes of the values' array `[N, i, rows, heads, dim]`.
+    pub(crate) fn sizes(&self, role: Role) -> [usize; 5] {
+        let s = &self.shape;
+        let (n, l, nb, f) = (self.batch(), self.len(), self.blocks(), s.mem_len());
+        let (h, kv, d) = (s.heads(), s.kv_heads(), s.head_dim());
+        match role {
+            Q | InfiniQ | OLocal | O => [n, 1, l, h, d],
+            Lse => [n, 1, l, h, 1],
+            MemQ | MemO => [n, nb, f, h, d],
+            MemLse => [n, nb, f, h, 1],
+            K | V => {
+                let keys = self.spans.iter().map(|s| (s.end() - self.first_key(s)) as usize).max();
+                [n, 1, keys.unwrap_or(0), kv, d]
+            }
+            MemK | MemV => [n, nb, f, kv, d],
+            M => [n, nb, d, kv, d],
+            Z => [n, nb, 1, kv, d],
+            Sink | Beta => [1, 1, 1, h, 1],
+        }
+    }
+
+    /// Type and layout of the tensor: larger than the call's values where the case says so.
+    pub(crate) fn layout(&self, role: Role) -> Layout {
+        let s = &self.shape;
+        let mut rng = Rng::of(self.seed, ["layout", role_name(role)].concat().as_str());
+        let mut shape = self.sizes(role);
+        // A kernel that reads its spans itself may be handed any that the plan serves.
+        if self.device_spans {
+            shape[2] = shape[2].max(match role {
+                Q | InfiniQ | OLocal | O | Lse => self.plan_rows,
+                MemQ | MemO | MemLse => s.mem_len(),
+                _ => 0,
+            });
+            if matches!(role, MemQ | MemO | MemLse) {
+                shape[1] = self.plan_blocks;
+            }
+        }
+        match role {
+            K | V => {
+                shape[0] = if self.keys == KeySource::Linear { self.slots } else { self.batch() };
+                shape[2] = match self.keys {
+                    KeySource::Linear => self.spans.iter().map(|s| (s.end() - s.origin) as usize).max().unwrap_or(0),
+                    KeySource::Ring => self.spans.iter().map(|s| self.chunks(s).len()).max().unwrap_or(0) * self.plan_rows,
+                };
+            }
+            MemK | MemV => (shape[0], shape[1]) = (self.slots, self.mem_entries),
+            M | Z => (shape[0], shape[1]) = (self.slots, self.state_entries),
+            _ => {}
+        }
+        // Axes that are called "at least": more entries than the call has, none of which it may touch.
+        if !matches!(role, Sink | Beta) && rng.chance(1, 3) {
+            let grown: &[usize] = if matches!(role, K | V | MemK | MemV | M | Z) { &[0, 2] } else { &[0, 1, 2] };
+            let axis = rng.pick(grown);
+            shape[axis] += 1 + rng.below(2);
+        }
+        let dtype = match role {
+            Sink | Beta | M | Z | OLocal | Lse | MemLse => Dtype::F32,
+            O | MemO => self.out_dtype,
+            _ => s.dtype(),
+        };
+        let is_output = matches!(role, O | Lse | MemO | MemLse) || (self.op == Op::InfiniWrite && matches!(role, M | Z));
+        arrange(self.strides, dtype, shape, is_output, &mut rng)
+    }
+
+    /// Every row of the tensor that the call may see or must write.
+    pub(crate) fn places(&self, role: Role) -> Vec<Place> {
+        let s = &self.shape;
+        let mut places = Vec::new();
+        if matches!(role, Sink | Beta) {
+            return vec![Place { value: [0; 3], tensor: [0; 3] }];
+        }
+        for (n, span) in self.spans.iter().enumerate() {
+            let (slot, nb, f) = (span.slot as usize, span.blocks(s.block_len()), s.mem_len());
+            let mut add = |value: [usize; 2], tensor: [usize; 3]| {
+                places.push(Place { value: [n, value[0], value[1]], tensor });
+            };
+            let per_block = |rows: usize| (0..nb).flat_map(move |i| (0..rows).map(move |r| (i, r)));
+            match role {
+                Q | InfiniQ | OLocal | O | Lse => (0..span.len as usize).for_each(|r| add([0, r], [n, 0, r])),
+                MemQ | MemO | MemLse => per_block(f).for_each(|(i, r)| add([i, r], [n, i, r])),
+                MemK | MemV => per_block(span.mem_rows as usize)
+                    .for_each(|(i, r)| add([i, r], [slot, (span.mem_entry as usize + i) % self.mem_entries, r])),
+                M | Z => per_block(if role == M { s.head_dim() } else { 1 })
+                    .for_each(|(i, r)| add([i, r], [slot, (span.state_entry as usize + i) % self.state_entries, r])),
+                K | V => {
+                    let first = self.first_key(span);
+                    if self.keys == KeySource::Linear {
+                        (first..span.end()).for_each(|p| add([0, (p - first) as usize], [slot, 0, (p - span.origin) as usize]));
+                        continue;
+                    }
+                    for (c, chunk) in self.chunks(span).iter().enumerate() {
+                        for x in 0..u64::from(chunk.len) {
+                            if let Some(row) = (chunk.start + x).checked_sub(first) {
+                                add([0, row as usize], [n, 0, c * self.plan_rows + x as usize]);
+                            }
+                        }
+                    }
+                }
+                Sink | Beta => unreachable!("answered above"),
+            }
+        }
+        places
+    }
+
+    /// Scalar on q·k.
+    pub(crate) fn scale(&self) -> f64 {
+        self.shape.scale().into()
+    }
+}
+
+fn role_name(role: Role) -> &'static str {
+    ["q", "mem_q", "infini_q", "k", "v", "mem_k", "mem_v", "sink", "beta", "m", "z", "o_local", "o", "lse", "mem_o", "mem_lse"]
+        [role as usize]
+}
+
+/// The values of a case's inputs, by role: what the reference sees.
+#[derive(Clone, Debug)]
+pub(crate) struct Data(Vec<Option<Array<5>>>);
+
+impl Data {
+    /// Draws the inputs of a case.
+    pub fn new(case: &Case) -> Self {
+        let distribution = case.distribution;
+        let wanted: &[Role] = match case.op {
+            Op::Attend if case.fused => &[Q, MemQ, K, V, MemK, MemV, Sink, InfiniQ, Beta, M, Z],
+            Op::Attend => &[Q, MemQ, K, V, MemK, MemV, Sink],
+            Op::InfiniRead => &[InfiniQ, Beta, M, Z, OLocal],
+            Op::InfiniWrite => &[K, V, M, Z],
+            Op::Append => &[K, V, MemK, MemV],
+            // Parts have no queries and keys: see merge.rs.
+            _ => &[],
+        };
+        let mut data = Data(vec![None; ROLES]);
+        for &role in wanted {
+            data.0[role as usize] = Some(match role {
+                M | Z => state(case, role),
+                // Beside a local attention: what the compressive memory sees has no structure of logits.
+                InfiniQ if distribution == Distribution::NonFinite => fill(case, role, Distribution::Normal),
+                InfiniQ => fill(case, role, distribution.without_logits()),
+                _ => fill(case, role, distribution),
+            });
+        }
+        if case.op == Op::InfiniWrite {
+            // The domain of σ that the bounds hold in.
+            data.get_mut(K).data.iter_mut().for_each(|k| *k = k.max(-80.0));
+        }
+        if distribution == Distribution::NonFinite {
+            crate::nonfinite::spoil(case, &mut data);
+        }
+        data.settle(case);
+        data
+    }
+
+    pub fn get(&self, role: Role) -> &Array<5> {
+        self.0[role as usize].as_ref().expect("the op has this tensor")
+    }
+
+    pub fn get_mut(&mut self, role: Role) -> &mut Array<5> {
+        self.0[role as usize].as_mut().expect("the op has this tensor")
+    }
+
+    pub fn has(&self, role: Role) -> bool {
+        self.0[role as usize].is_some()
+    }
+
+    /// A `[N, L, H, D]` tensor as the reference takes it.
+    pub fn tokens(&self, role: Role) -> Array<4> {
+        let Array { shape: [n, _, l, h, d], data } = self.get(role).clone();
+        Array::new([n, l, h, d], data)
+    }
+
+    /// The tensor of a role: `fill` everywhere but in the rows that the call may see.
+    pub fn tensor(&self, case: &Case, role: Role, fill: u8) -> Tensor {
+        let mut tensor = Tensor::new(case.layout(role), fill);
+        let values = self.get(role);
+        for Place { value: [n, i, r], tensor: [tn, ti, tr] } in case.places(role) {
+            for h in 0..values.shape[3] {
+                tensor.put([tn, ti, tr, h], values.row(&[n, i, r, h]));
+            }
+        }
+        tensor
+    }
+
+    /// Where rows share memory (strides of 0, fewer entries than blocks), the last one written is what all of them hold.
+    fn settle(&mut self, case: &Case) {
+        for role in [Q, MemQ, InfiniQ, K, V, MemK, MemV, Sink, Beta, M, Z, OLocal] {
+            let is_shared = matches!(role, MemK | MemV) && case.mem_entries < case.blocks();
+            if !self.has(role) || !(is_shared || case.layout(role).stride.contains(&0)) {
+                continue;
+            }
+            let tensor = self.tensor(case, role, crate::guard::POISON);
+            let values = self.get_mut(role);
+            for Place { value: [n, i, r], tensor: [tn, ti, tr] } in case.places(role) {
+                for h in 0..values.shape[3] {
+                    tensor.get([tn, ti, tr, h], values.row_mut(&[n, i, r, h]));
+                }
+            }
+        }
+    }
+}
+
+/// Fills one tensor row by row. Tensors draw from generators of their own, so that one never depends on another's size.
+fn fill(case: &Case, role: Role, distribution: Distribution) -> Array<5> {
+    let s = &case.shape;
+    let [n, i, rows, heads, d] = case.sizes(role);
+    let mut values = Array::zeros([n, i, rows, heads, d]);
+    // q and k share the family's structure (direction, exponents), which the first draws decide; values then differ by tensor.
+    let keys = case.sizes(K)[2];
+    let dtype = if role == OLocal { Dtype::F32 } else { s.dtype() };
+    let family = if matches!(role, InfiniQ) { "infini" } else { "family" };
+    let mut source = Source::new(distribution, dtype, [s.heads(), s.head_dim()], case.scale(), keys, Rng::of(case.seed, family));
+    source.reseed(Rng::of(case.seed, role_name(role)));
+    let mut rng = Rng::of(case.seed, role_name(role));
+    for n in 0..n {
+        for i in 0..i {
+            for r in 0..rows {
+                for h in 0..heads {
+                    let row = values.row_mut(&[n, i, r, h]);
+                    match role {
+                        Q | MemQ | InfiniQ => source.query(row),
+                        K | MemK => source.key(r, h, row),
+                        V | MemV | OLocal => source.value(r, h, row),
+                        Beta => row[0] = (rng.pick(&[0.5, 1.0, 4.0]) * rng.normal()).clamp(-12.0, 12.0) as f32 as f64,
+                        _ => row[0] = (4.0 * rng.normal()) as f32 as f64,
+                    }
+                }
+            }
+        }
+    }
+    values
+}
+
+/// A compressive memory that a few tokens have been written to, or the 0 that it starts as.
+fn state(case: &Case, role: Role) -> Array<5> {
+    let [n, i, rows, heads, d] = case.sizes(role);
+    let mut values = Array::zeros([n, i, rows, heads, d]);
+    let mut is_empty = Rng::of(case.seed, "empty state");
+    let mut rng = Rng::of(case.seed, role_name(role));
+    for n in 0..n {
+        for i in 0..i {
+            if is_empty.chance(1, 4) {
+                continue;
+            }
+            for r in 0..rows {
+                for h in 0..heads {
+                    for x in values.row_mut(&[n, i, r, h]) {
+                        let value = if role == M { 3.0 * rng.normal() } else { 0.1 + 9.0 * rng.unit() };
+                        *x = value as f32 as f64;
+                    }
+                }
+            }
+        }
+    }
+    values
+}

@@ -1,0 +1,286 @@
+//! Running cases: one, or a suite of them on several threads.
+
+use crate::case::{Case, Filter};
+use crate::check::{Bias, Checker, Worst, edges};
+use crate::coverage::Coverage;
+use crate::data::Data;
+use crate::guard::POISON;
+use crate::harness::Harness;
+use crate::launch::{Stop, digest};
+use crate::rng::case_seed;
+use crate::tolerance::Level;
+use crate::{append, attend, infini_read, infini_write, merge};
+use fam_core::Op;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+/// What became of a case.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// Right.
+    Passed(Passed),
+    /// Wrong: what, and where.
+    Failed(String),
+    /// Not served by the backend, which said so when the plan was made.
+    Skipped(String),
+}
+
+/// Figures of a case that passed.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Passed {
+    /// The largest share of its bound that any element's error took; `None` where everything was compared bit for bit.
+    pub worst: Option<Worst>,
+    /// Rounding errors of `o`, for [`Report::bias`].
+    pub bias: Bias,
+    /// A hash of the results' bits: equal on every thread count.
+    pub digest: u64,
+}
+
+/// Runs one case: builds its tensors with traps, runs the op, checks every byte and every number.
+pub fn run_case<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Outcome {
+    let result = catch_unwind(AssertUnwindSafe(|| match case.op {
+        Op::Attend => run_attend(h, case, level),
+        Op::Append => append::run(h, case),
+        Op::InfiniRead => infini_read::run(h, case, level),
+        Op::InfiniWrite => infini_write::run(h, case, level),
+        Op::Merge => merge::run(h, case, level),
+        other => Err(Stop::Skipped(format!("no cases for {other}"))),
+    }));
+    match result {
+        Ok(Ok(passed)) => Outcome::Passed(passed),
+        Ok(Err(Stop::Skipped(reason))) => Outcome::Skipped(reason),
+        Ok(Err(Stop::Failed(what))) => Outcome::Failed(what),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            Outcome::Failed(format!("panicked: {}", text.unwrap_or("no message")))
+        }
+    }
+}
+
+fn run_attend<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Result<Passed, Stop> {
+    let data = Data::new(case);
+    let outputs = attend::launch(h, case, &data, POISON)?;
+    let limits = h.limits();
+    let checker = attend::check(case, &data, &outputs, level, &limits);
+    conclude(case, checker, digest(outputs.arrays()))
+}
+
+/// Passed with its figures, or failed with the first wrong element and the edges that it lies on.
+pub(crate) fn conclude(case: &Case, checker: Checker<'_>, digest: u64) -> Result<Passed, Stop> {
+    match checker.wrong {
+        None => Ok(Passed { worst: checker.worst, bias: checker.bias, digest }),
+        Some(wrong) => {
+            let at = edges(&case.shape, &case.spans[wrong.at.index[0]], &wrong.at, checker.limits.key_tile);
+            Err(Stop::Failed(format!("{wrong} ({at}; level {})", checker.bound.level)))
+        }
+    }
+}
+
+/// How long a suite runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Budget {
+    /// This many cases, before the filter.
+    Cases(u64),
+    /// Until the time is over.
+    Seconds(f64),
+}
+
+/// What a suite runs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SuiteOptions {
+    /// Decides every case.
+    pub seed: u64,
+    /// How many.
+    pub budget: Budget,
+    /// Which of them.
+    pub filter: Filter,
+    /// Only cases whose number is i modulo n.
+    pub shard: (u64, u64),
+    /// The bound: STAT holds on seeds that it was calibrated on, HARD anywhere.
+    pub level: Level,
+    /// Threads that run cases side by side.
+    pub threads: usize,
+    /// Stops after this many failures.
+    pub max_failures: usize,
+}
+
+impl Default for SuiteOptions {
+    /// 1,000 cases of seed 1 on one thread, no filter, HARD.
+    fn default() -> Self {
+        SuiteOptions {
+            seed: 1,
+            budget: Budget::Cases(1000),
+            filter: Filter::default(),
+            shard: (0, 1),
+            level: Level::Hard,
+            threads: 1,
+            max_failures: 100,
+        }
+    }
+}
+
+/// What a suite tells while it runs.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// Before the launch: whatever happens next, this seed replays it.
+    Start {
+        /// Number of the case in the suite.
+        index: u64,
+        /// The case.
+        case: &'a Case,
+    },
+    /// After it.
+    Done {
+        /// Number of the case in the suite.
+        index: u64,
+        /// The case.
+        case: &'a Case,
+        /// What became of it.
+        outcome: &'a Outcome,
+    },
+}
+
+/// The outcome of a suite.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Cases that were right.
+    pub passed: u64,
+    /// Cases that were wrong, by number.
+    pub failed: BTreeMap<u64, Failure>,
+    /// Cases not served, counted by reason.
+    pub skipped: BTreeMap<String, u64>,
+    /// The largest share of a bound, and the case it was found in.
+    pub worst: Option<(Worst, String)>,
+    /// Rounding bias by output type.
+    pub bias: BTreeMap<&'static str, Bias>,
+    /// What the executed cases covered.
+    pub coverage: Coverage,
+    /// A hash of all results' bits, by number of the case and therefore independent of threads.
+    pub digest: u64,
+}
+
+/// One wrong case.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Failure {
+    /// What replays it.
+    pub seed: u64,
+    /// The case in one line.
+    pub case: String,
+    /// What was wrong.
+    pub what: String,
+}
+
+/// The largest share of u_out·mean(A) that the mean signed error may take, once [`BIAS_COUNT`] elements were seen.
+pub const BIAS_SHARE: f64 = 0.05;
+/// Elements below which a mean says nothing.
+pub const BIAS_COUNT: u64 = 200_000;
+
+impl Report {
+    /// Cases that were run.
+    pub fn executed(&self) -> u64 {
+        self.passed + self.failed.len() as u64
+    }
+
+    /// Nothing failed, something ran, and no output type's rounding leans to one side.
+    pub fn is_ok(&self) -> bool {
+        self.failed.is_empty() && self.passed > 0 && self.biased().is_none()
+    }
+
+    /// An output type whose rounding leans to one side, and its share.
+    pub fn biased(&self) -> Option<(&'static str, f64)> {
+        self.bias
+            .iter()
+            .map(|(dtype, b)| (*dtype, b))
+            .find(|(_, b)| b.count >= BIAS_COUNT && b.share() > BIAS_SHARE)
+            .map(|(dtype, b)| (dtype, b.share()))
+    }
+
+    fn add(&mut self, index: u64, case: &Case, outcome: &Outcome) {
+        match outcome {
+            Outcome::Passed(passed) => {
+                self.passed += 1;
+                self.coverage.add(case);
+                self.bias.entry(case.out_dtype.name()).or_default().add(&passed.bias);
+                // A sum of mixed hashes does not depend on the order that cases end in.
+                self.digest = self.digest.wrapping_add(crate::rng::Rng::new(passed.digest ^ index).next());
+                if let Some(worst) = passed.worst
+                    && self.worst.as_ref().is_none_or(|(w, _)| worst.ratio > w.ratio)
+                {
+                    self.worst = Some((worst, case.to_string()));
+                }
+            }
+            Outcome::Failed(what) => {
+                self.coverage.add(case);
+                self.failed.insert(index, Failure { seed: case.seed, case: case.to_string(), what: what.clone() });
+            }
+            Outcome::Skipped(reason) => *self.skipped.entry(reason.clone()).or_default() += 1,
+        }
+    }
+}
+
+/// Runs a suite. `progress` is told of every case before it is launched and after; it is called from one thread at a time.
+pub fn run_suite<H: Harness + Sync + ?Sized>(
+    h: &H,
+    options: &SuiteOptions,
+    progress: &mut (dyn FnMut(Event<'_>) + Send),
+) -> Report {
+    let state = Mutex::new((0u64, Report::default(), progress));
+    let started = Instant::now();
+    let (shard, shards) = (options.shard.0, options.shard.1.max(1));
+    let worker = || {
+        loop {
+            let (index, case) = {
+                let (next, report, progress) = &mut *state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                let is_over = match options.budget {
+                    Budget::Cases(cases) => *next >= cases,
+                    Budget::Seconds(seconds) => started.elapsed() >= Duration::from_secs_f64(seconds.clamp(0.0, 1e9)),
+                };
+                if is_over || report.failed.len() >= options.max_failures {
+                    return;
+                }
+                let index = *next;
+                *next += 1;
+                if index % shards != shard % shards {
+                    continue;
+                }
+                let Some(case) = Case::generate(case_seed(options.seed, index), &options.filter) else { continue };
+                progress(Event::Start { index, case: &case });
+                (index, case)
+            };
+            let outcome = run_case(h, &case, options.level);
+            let (_, report, progress) = &mut *state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            report.add(index, &case, &outcome);
+            progress(Event::Done { index, case: &case, outcome: &outcome });
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..options.threads {
+            scope.spawn(worker);
+        }
+        worker();
+    });
+    state.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).1
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let skipped: u64 = self.skipped.values().sum();
+        writeln!(f, "{} passed, {} failed, {skipped} skipped", self.passed, self.failed.len())?;
+        for failure in self.failed.values() {
+            writeln!(f, "failed: {}\n  {}", failure.case, failure.what)?;
+        }
+        for (reason, count) in &self.skipped {
+            writeln!(f, "skipped {count}: {reason}")?;
+        }
+        if let Some((worst, case)) = &self.worst {
+            writeln!(f, "worst {:.3} of its bound, {} {:?}, in {case}", worst.ratio, worst.at.tensor, worst.at.index)?;
+        }
+        for (dtype, bias) in &self.bias {
+            writeln!(f, "bias of {dtype} outputs: {:.4} of u·mean(A) over {} elements", bias.share(), bias.count)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,263 @@
+//! The bound that a result is held to: derived from the problem, not chosen.
+//!
+//! Per row, with logits s_t and weights p_t of the reference: A_j = Σ p_t |v_tj|, S = |scale|·max_t Σ_c |q_c k_tc|, n visible keys in
+//! `tiles` tiles, D channels; u the unit roundoff of a type; P16 = 1 where probabilities are rounded to 16 bits before P·V.
+//!
+//! ```text
+//! HARD_j = u_out|o_j| + P16·1.01·u_P·A_j + u32·A_j·(2S(D+4) + n + 3·tiles + 12) + tiny
+//! STAT_j = u_out|o_j| + P16·1.01·u_P·A_j + u32·A_j·(2S(√D+4) + 4√n + 12) + tiny
+//! LSE    = u32·(|lse| + 2S(D+4) + n + 8)
+//! tiny   = half the least positive number of the output's type (+ 2⁻²⁵·max|v|·(n, or √n in STAT) with f16 probabilities)
+//! ```
+//!
+//! Where logits are exact in f32, S is 40. A kernel with another source of error declares it as a [`Term`].
+
+use crate::distribution::exp2;
+use fam_core::Dtype;
+
+/// u of f32.
+pub(crate) const U32: f64 = 1.0 / 16_777_216.0;
+
+/// How strict a comparison is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Level {
+    /// Holds for any order of operations: for any input.
+    #[default]
+    Hard,
+    /// Errors that add like random ones: for suites of a fixed seed.
+    Stat,
+}
+
+/// What the error of one output element is bounded by.
+#[derive(Clone, Copy, Debug)]
+pub struct Condition {
+    /// The reference's output.
+    pub o: f64,
+    /// A_j.
+    pub a: f64,
+    /// S; a sink's magnitude counts too.
+    pub s: f64,
+    /// Visible keys.
+    pub n: f64,
+    /// Key tiles.
+    pub tiles: f64,
+    /// D.
+    pub d: f64,
+    /// max |v| over the visible keys.
+    pub v_max: f64,
+}
+
+/// A source of error of one backend beside those that the bound names, e.g. a fast exponential.
+#[derive(Clone, Copy, Debug)]
+pub struct Term {
+    /// Printed with results.
+    pub name: &'static str,
+    /// Its share of the bound.
+    pub bound: fn(&Condition) -> f64,
+}
+
+/// How far a NaN or an infinity in a visible key or value may spread.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NanReach {
+    /// To the rows that see the key.
+    #[default]
+    Rows,
+    /// To all rows of the stream and kv head, since their tiles load the key.
+    Tiles,
+    /// Rows that see it are unspecified, beside that.
+    Unspecified,
+}
+
+/// What a backend states of itself, beside [`fam_core::Support`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Limits {
+    /// Elements of the largest tensor that fits; larger cases are skipped.
+    pub max_elements: u64,
+    /// BLOCK_N: keys that are added up before the running maximum is looked at again.
+    pub key_tile: usize,
+    /// The dtypes whose kernels round probabilities to that dtype before P·V.
+    pub p16: &'static [Dtype],
+    /// How far NaN spreads.
+    pub nan: NanReach,
+    /// Further errors.
+    pub terms: &'static [Term],
+}
+
+impl Default for Limits {
+    /// Any size, tiles of 16 keys, probabilities in f32, NaN confined to the rows that see it, no further error.
+    fn default() -> Self {
+        Limits { max_elements: u64::MAX, key_tile: 16, p16: &[], nan: NanReach::Rows, terms: &[] }
+    }
+}
+
+impl Limits {
+    /// Those of a kernel of which nothing is known: probabilities in 16 bits with 16-bit inputs, NaN anywhere in its tiles.
+    pub fn any_kernel() -> Self {
+        Limits { p16: &[Dtype::F16, Dtype::Bf16], nan: NanReach::Tiles, ..Limits::default() }
+    }
+
+    /// Sets the largest tensor.
+    #[must_use]
+    pub fn max_elements(mut self, elements: u64) -> Self {
+        self.max_elements = elements;
+        self
+    }
+    /// Sets BLOCK_N.
+    #[must_use]
+    pub fn key_tile(mut self, keys: usize) -> Self {
+        self.key_tile = keys.max(1);
+        self
+    }
+    /// Declares 16-bit probabilities.
+    #[must_use]
+    pub fn p16(mut self, dtypes: &'static [Dtype]) -> Self {
+        self.p16 = dtypes;
+        self
+    }
+    /// Declares how far NaN spreads.
+    #[must_use]
+    pub fn nan(mut self, nan: NanReach) -> Self {
+        self.nan = nan;
+        self
+    }
+    /// Declares further errors.
+    #[must_use]
+    pub fn terms(mut self, terms: &'static [Term]) -> Self {
+        self.terms = terms;
+        self
+    }
+}
+
+/// The bounds of one dtype, output type and level.
+#[derive(Clone, Copy, Debug)]
+pub struct Bound<'a> {
+    /// HARD or STAT.
+    pub level: Level,
+    /// Type of the output.
+    pub out_dtype: Dtype,
+    /// Type that probabilities are rounded to, if any.
+    pub p16: Option<Dtype>,
+    /// The backend's further errors.
+    pub terms: &'a [Term],
+}
+
+impl<'a> Bound<'a> {
+    /// The bounds for outputs of `out_dtype` from inputs of `dtype`.
+    pub fn new(level: Level, dtype: Dtype, out_dtype: Dtype, limits: &'a Limits) -> Self {
+        Bound { level, out_dtype, p16: limits.p16.contains(&dtype).then_some(dtype), terms: limits.terms }
+    }
+
+    /// Of an element of `o`, as it is stored.
+    pub fn o(&self, c: &Condition) -> f64 {
+        self.out_dtype.unit_roundoff() * c.o.abs() + self.o_f32(c) + tiny(self.out_dtype)
+    }
+
+    /// Of an element of the f32 accumulator that `o` is rounded from.
+    pub fn o_f32(&self, c: &Condition) -> f64 {
+        let Condition { a, s, n, tiles, d, v_max, .. } = *c;
+        let (terms, keys) = match self.level {
+            Level::Hard => (2.0 * s * (d + 4.0) + n + 3.0 * tiles + 12.0, n),
+            Level::Stat => (2.0 * s * (d.sqrt() + 4.0) + 4.0 * n.sqrt() + 12.0, n.sqrt()),
+        };
+        let p16 = match self.p16 {
+            None => 0.0,
+            Some(Dtype::F16) => 1.01 * Dtype::F16.unit_roundoff() * a + exp2(-25) * keys * v_max,
+            Some(p) => 1.01 * p.unit_roundoff() * a,
+        };
+        p16 + U32 * a * terms + self.terms.iter().map(|t| (t.bound)(c)).sum::<f64>()
+    }
+
+    /// Of the log-sum-exp `lse`.
+    pub fn lse(&self, lse: f64, c: &Condition) -> f64 {
+        U32 * (lse.abs() + 2.0 * c.s * (c.d + 4.0) + c.n + 8.0)
+    }
+
+    /// Of the gated output, whose two parts have errors of `a_error` and `o_error` in f32.
+    pub fn gated(&self, g: f64, [a, a_error]: [f64; 2], [o, o_error]: [f64; 2]) -> f64 {
+        let out = g * a + (1.0 - g) * o;
+        let parts = g * a_error + (1.0 - g) * o_error;
+        let gate = U32 * 10.0 * (g * a.abs() + (1.0 - g) * o.abs());
+        parts + gate + self.out_dtype.unit_roundoff() * out.abs() + tiny(self.out_dtype)
+    }
+
+    /// Of a merge of two parts with weights w: the difference of their lse is rounded once, and the smaller weight underflows at 2⁻¹⁴⁹.
+    pub fn merged(&self, o: f64, [w_a, o_a]: [f64; 2], [w_b, o_b]: [f64; 2], difference: f64) -> f64 {
+        // Beyond a difference of 104 the smaller weight is 0 in f32.
+        let weights = U32 * (2.0 * difference.min(104.0) + 16.0) * (w_a * o_a.abs() + w_b * o_b.abs());
+        let underflow = exp2(-148) * (o_a.abs() + o_b.abs());
+        weights + underflow + self.out_dtype.unit_roundoff() * o.abs() + tiny(self.out_dtype)
+    }
+}
+
+/// Of the log-sum-exp of a merge.
+pub fn merged_lse(lse: f64) -> f64 {
+    U32 * (lse.abs() + 8.0)
+}
+
+/// Of an element of σ(q)·m / σ(q)·z: `magnitude` is Σ_c s_c|m_cj| / den.
+pub fn infini_read(d: usize, magnitude: f64, a: f64) -> f64 {
+    U32 * (2.0 * d as f64 + 12.0) * (magnitude + a.abs())
+}
+
+/// Of an element of m': `s_v` is Σ_t s_ti|v_tj| over the n keys of the segment. Each product may underflow.
+pub fn infini_write(n: usize, s_v: f64, m: f64) -> f64 {
+    U32 * ((n as f64 + 8.0) * s_v + m.abs()) + n as f64 * exp2(-149)
+}
+
+/// What delta adds to that: `s_read` is Σ_t s_ti·(magnitude_tj + |a_tj|) and `s_diff` is Σ_t s_ti|v_tj − a_tj|.
+pub fn infini_delta(n: usize, d: usize, s_read: f64, s_diff: f64) -> f64 {
+    infini_read(d, s_read, 0.0) + U32 * (n as f64 + 9.0) * s_diff
+}
+
+/// Of an element of z': `s_sum` is Σ_t s_ti.
+pub fn infini_z(n: usize, s_sum: f64, z: f64) -> f64 {
+    U32 * ((n as f64 + 6.0) * s_sum + z)
+}
+
+/// Half the least positive number of `dtype`.
+pub fn tiny(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F16 => exp2(-25),
+        Dtype::Bf16 => exp2(-134),
+        _ => exp2(-150),
+    }
+}
+
+/// Key tiles that a row walks: every block that it sees, and the memory, starts a tile of its own.
+pub(crate) fn tiles(keys: std::ops::Range<u64>, block_len: usize, mem_rows: usize, key_tile: usize) -> f64 {
+    let b = block_len as u64;
+    let mut tiles = mem_rows.div_ceil(key_tile);
+    let mut first = keys.start;
+    while first < keys.end {
+        let next = (first / b + 1) * b;
+        // A window may begin inside a tile.
+        tiles += ((next.min(keys.end) - first) as usize).div_ceil(key_tile) + usize::from(!first.is_multiple_of(b));
+        first = next;
+    }
+    tiles as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formulas() {
+        let limits = Limits::default();
+        let c = Condition { o: 0.5, a: 2.0, s: 3.0, n: 16.0, tiles: 2.0, d: 64.0, v_max: 4.0 };
+        let bound = Bound::new(Level::Hard, Dtype::F32, Dtype::F32, &limits);
+        assert_eq!(bound.o(&c), U32 * 0.5 + U32 * 2.0 * (6.0 * 68.0 + 16.0 + 6.0 + 12.0) + exp2(-150));
+        let bound = Bound { level: Level::Stat, ..bound };
+        assert_eq!(bound.o_f32(&c), U32 * 2.0 * (6.0 * 12.0 + 16.0 + 12.0));
+        let p16 = Limits::default().p16(&[Dtype::F16]);
+        let half = Bound::new(Level::Hard, Dtype::F16, Dtype::F32, &p16);
+        let plain = Bound::new(Level::Hard, Dtype::F16, Dtype::F32, &limits);
+        approx(half.o(&c) - plain.o(&c), 1.01 / 2048.0 * 2.0 + exp2(-25) * 16.0 * 4.0);
+        assert_eq!(tiles(5..40, 16, 17, 16), 2.0 + 2.0 + 1.0 + 1.0);
+    }
+
+    fn approx(a: f64, b: f64) {
+        assert!((a - b).abs() < 1e-12, "{a} {b}");
+    }
+}
