@@ -3,7 +3,7 @@
 mod buffers;
 mod slot;
 
-use crate::{Append, Device, Error, Plan, Result, Rows, Shape, Span, Spans, View, ViewMut, mutate};
+use crate::{Append, Device, Error, Layout, Plan, Result, Rows, Shape, Span, Spans, View, ViewMut, mutate};
 pub(crate) use buffers::Buffers;
 pub(crate) use slot::{Slot, Staged};
 use std::borrow::BorrowMut;
@@ -299,6 +299,24 @@ impl<B: Device> Streams<B> {
         self.slot(slot)?;
         self.slots[slot as usize].poisoned = true;
         Ok(())
+    }
+
+    /// The compressive memory of a slot as its next segment reads it: m `[1, 1, D, Hkv, D]` and z `[1, 1, 1, Hkv, D]`, packed by kv head. For
+    /// inspection, and to start a stream from a given state.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a slot out of range or a shape without a compressive memory; [`Error::Poisoned`].
+    pub fn infini_state(&mut self, slot: u32) -> Result<[ViewMut<'_, B::Mem>; 2]> {
+        let entry = self.live_slot(slot)?.state_entry as usize;
+        let Some(i) = &mut self.buffers.infini else {
+            return Err(Error::invalid("infini", "absent", "the shape has no compressive memory"));
+        };
+        let at = |mut layout: Layout| {
+            layout.offset = slot as usize * layout.stride[0] + entry * layout.stride[1];
+            (layout.shape[0], layout.shape[1]) = (1, 1);
+            layout
+        };
+        Ok([ViewMut::new(i.m.borrow_mut(), at(i.m_layout)), ViewMut::new(i.z.borrow_mut(), at(i.z_layout))])
     }
 
     /// Fills `spans` and `changes` from the step's slots and lengths.

@@ -1,0 +1,58 @@
+//! From a backend's name to code that is generic over backends: the one place where the choice is matched.
+
+use crate::Failure;
+use fam::cpu::{Cpu, Par, Pool};
+use fam::{BackendName, Result, Selected};
+use fam_testkit::{Harness, Queue};
+
+/// What to run on, on every command that runs something.
+#[derive(clap::Args, Clone)]
+pub struct Options {
+    /// auto, cpu, wgpu or cuda. A named backend is never replaced by another.
+    #[arg(long, default_value = "auto")]
+    pub backend: BackendName,
+    /// Threads of the CPU backend. Default: all that the system lets it use.
+    #[arg(long)]
+    pub threads: Option<std::num::NonZeroUsize>,
+}
+
+/// Work that runs on any backend.
+pub trait Job {
+    /// What it gives.
+    type Output;
+    /// Runs on the chosen backend; `reason` says why it was chosen.
+    fn run<H: Harness + Sync>(self, h: &H, reason: &str) -> std::result::Result<Self::Output, Failure>
+    where
+        H::Backend: Clone;
+}
+
+/// Opens the backend and runs the job on it.
+pub fn on<J: Job>(options: &Options, job: J) -> std::result::Result<J::Output, Failure> {
+    let selection = fam::select(options.backend)?;
+    match selection.backend {
+        Selected::Cpu(cpu) => {
+            let threads = options.threads.map_or_else(crate::environment::threads, |n| n.get());
+            let harness = CpuHarness { cpu: cpu.with_threads(threads), pool: Pool::new(threads)? };
+            job.run(&harness, &selection.reason)
+        }
+        other => Err(format!("{other:?} is not part of this build").into()),
+    }
+}
+
+/// The CPU with a pool of its own.
+struct CpuHarness {
+    cpu: Cpu,
+    pool: Pool,
+}
+
+impl Harness for CpuHarness {
+    type Backend = Cpu;
+
+    fn backend(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    fn run(&self, work: &mut dyn FnMut(&mut Queue<'_, Self>) -> Result<()>) -> Result<()> {
+        work(&mut Par::Pool(&self.pool))
+    }
+}

@@ -1,0 +1,43 @@
+//! `fam check`: anybody's output file against the case that it answers.
+
+use crate::report::Report;
+use crate::{Failure, Outcome};
+use fam_testkit::{CaseFile, Limits, Reference, read_file, read_outputs};
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Judges an output file, of any implementation, with the error bound of its case.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The case file.
+    case: PathBuf,
+    /// A safetensors file with any of o, lse, mem_o, mem_lse, m, z.
+    output: PathBuf,
+}
+
+pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
+    let case = CaseFile::open(&args.case)?;
+    let outputs = read_outputs(&read_file(&args.output)?, &case)?;
+    // Nothing is known of the kernel but its results.
+    let verdict = Reference::new(&case).judge(&case, &outputs, &Limits::any_kernel());
+    for (name, worst) in &verdict.worst {
+        report.line(format!("{name:8} worst error {:.3} of its bound", worst.ratio));
+        report.record("output", json!({ "name": name, "worst": worst.ratio }));
+    }
+    report.record(
+        "verdict",
+        json!({ "right": verdict.wrong.is_none(), "compared": verdict.compared,
+                "wrong": verdict.wrong.as_ref().map(|(wrong, edges)| format!("{wrong} ({edges})")) }),
+    );
+    match verdict.wrong {
+        None => {
+            report.line(format!("right: {} values within the bound", verdict.compared));
+            Ok(Outcome::Right)
+        }
+        Some((wrong, edges)) => {
+            report.line(format!("wrong: {wrong}"));
+            report.line(format!("       it lies on: {edges}"));
+            Ok(Outcome::Wrong)
+        }
+    }
+}
