@@ -91,13 +91,14 @@ struct Sections {
 impl Sections {
     fn new(shape: &Shape, index: u32, slot: &Slot) -> Self {
         let row = shape.kv_heads() * shape.head_dim() * shape.kv_dtype().bytes();
-        let span = Span::new(0, slot.position, 0).with_origin(slot.origin);
-        let live = span.first_key(shape)..slot.position;
+        // What the block's first token sees: the stream may be rolled back to it.
+        let first_token = slot.position - slot.tokens_in_block(shape);
+        let live = Span::new(0, first_token, 0).with_origin(slot.origin).first_key(shape)..slot.position;
         let (segment, m, z) = match shape.infini() {
             None => (slot.position..slot.position, 0, 0),
             Some(_) => {
                 let z = shape.kv_heads() * shape.head_dim() * size_of::<f32>();
-                (slot.position - slot.tokens_in_block(shape)..slot.position, z * shape.head_dim(), z)
+                (first_token..slot.position, z * shape.head_dim(), z)
             }
         };
         let staged = if let Staged::Set(rows) = slot.staged { rows as usize } else { 0 };

@@ -45,7 +45,7 @@ fn tokens<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data) -> Result<u64, S
         .iter()
         .map(|s| {
             let first = s.end().saturating_sub(case.plan_rows as u64).max(s.start);
-            Span { start: first, len: (s.end() - first) as u32, ..*s }
+            Span { start: first, len: (s.end() - first) as u32, mem_rows: 0, ..*s }
         })
         .collect();
     let s = &case.shape;
@@ -84,9 +84,8 @@ fn memory_rows<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data) -> Result<u
     let mut rng = Rng::of(case.seed, "new memory rows");
     let mut source = |role| {
         let values = data.get(role);
-        let [n, nb, ..] = values.shape;
+        let [n, ..] = values.shape;
         let mut shape = values.shape;
-        shape[1] = nb.max(1);
         if case.device_spans {
             (shape[1], shape[2]) = (case.plan_blocks, s.mem_len());
         }
@@ -94,7 +93,7 @@ fn memory_rows<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data) -> Result<u
         let mut tensor = Tensor::new(arrange(strides, s.dtype(), shape, false, &mut rng), POISON);
         for n in 0..n {
             let span = &case.spans[n];
-            for (i, r) in (0..span.blocks(s.block_len())).flat_map(|i| (0..span.mem_rows as usize).map(move |r| (i, r))) {
+            for (i, r) in (0..span.blocks(s.block_len()).max(1)).flat_map(|i| (0..span.mem_rows as usize).map(move |r| (i, r))) {
                 for head in 0..s.kv_heads() {
                     tensor.put([n, i, r, head], values.row(&[n, i, r, head]));
                 }

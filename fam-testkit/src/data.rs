@@ -31,7 +31,24 @@ pub(crate) enum Role {
 
 use Role::*;
 
-const ROLES: usize = 16;
+const NAMES: [&str; 16] =
+    ["q", "mem_q", "infini_q", "k", "v", "mem_k", "mem_v", "sink", "beta", "m", "z", "o_local", "o", "lse", "mem_o", "mem_lse"];
+
+impl Role {
+    fn name(self) -> &'static str {
+        NAMES[self as usize]
+    }
+
+    /// One name for tensors that must have the same sizes.
+    fn pair(self) -> &'static str {
+        match self {
+            V => K.name(),
+            MemV => MemK.name(),
+            Z => M.name(),
+            other => other.name(),
+        }
+    }
+}
 
 /// One row that a call may see or must write: where it stands in the values' array `[n, i, row]`, and in the tensor.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +94,11 @@ impl Case {
         chunks
     }
 
+    /// Blocks whose memory rows are given: `append` stores one even for a stream without tokens.
+    fn memory_blocks(&self, blocks: usize) -> usize {
+        if self.op == Op::Append { blocks.max(1) } else { blocks }
+    }
+
     /// Sizes of the values' array `[N, i, rows, heads, dim]`.
     pub(crate) fn sizes(&self, role: Role) -> [usize; 5] {
         let s = &self.shape;
@@ -91,7 +113,7 @@ impl Case {
                 let keys = self.spans.iter().map(|s| (s.end() - self.first_key(s)) as usize).max();
                 [n, 1, keys.unwrap_or(0), kv, d]
             }
-            MemK | MemV => [n, nb, f, kv, d],
+            MemK | MemV => [n, self.memory_blocks(nb), f, kv, d],
             M => [n, nb, d, kv, d],
             Z => [n, nb, 1, kv, d],
             Sink | Beta => [1, 1, 1, h, 1],
@@ -101,7 +123,6 @@ impl Case {
     /// Type and layout of the tensor: larger than the call's values where the case says so.
     pub(crate) fn layout(&self, role: Role) -> Layout {
         let s = &self.shape;
-        let mut rng = Rng::of(self.seed, ["layout", role_name(role)].concat().as_str());
         let mut shape = self.sizes(role);
         // A kernel that reads its spans itself may be handed any that the plan serves.
         if self.device_spans {
@@ -127,10 +148,13 @@ impl Case {
             _ => {}
         }
         // Axes that are called "at least": more entries than the call has, none of which it may touch.
-        if !matches!(role, Sink | Beta) && rng.chance(1, 3) {
-            let grown: &[usize] = if matches!(role, K | V | MemK | MemV | M | Z) { &[0, 2] } else { &[0, 1, 2] };
-            let axis = rng.pick(grown);
-            shape[axis] += 1 + rng.below(2);
+        let mut growth = Rng::of(self.seed, role.pair());
+        if growth.chance(1, 3) {
+            match role {
+                Sink | Beta => {}
+                K | V | MemK | MemV | M | Z => shape[growth.pick(&[0, 0, 2])] += 1,
+                _ => shape[growth.pick(&[0, 1, 2])] += 1 + growth.below(2),
+            }
         }
         let dtype = match role {
             Sink | Beta | M | Z | OLocal | Lse | MemLse => Dtype::F32,
@@ -138,6 +162,7 @@ impl Case {
             _ => s.dtype(),
         };
         let is_output = matches!(role, O | Lse | MemO | MemLse) || (self.op == Op::InfiniWrite && matches!(role, M | Z));
+        let mut rng = Rng::of(self.seed, ["layout", role.name()].concat().as_str());
         arrange(self.strides, dtype, shape, is_output, &mut rng)
     }
 
@@ -153,6 +178,7 @@ impl Case {
             let mut add = |value: [usize; 2], tensor: [usize; 3]| {
                 places.push(Place { value: [n, value[0], value[1]], tensor });
             };
+            let nb = if matches!(role, MemK | MemV) { self.memory_blocks(nb) } else { nb };
             let per_block = |rows: usize| (0..nb).flat_map(move |i| (0..rows).map(move |r| (i, r)));
             match role {
                 Q | InfiniQ | OLocal | O | Lse => (0..span.len as usize).for_each(|r| add([0, r], [n, 0, r])),
@@ -187,11 +213,6 @@ impl Case {
     }
 }
 
-fn role_name(role: Role) -> &'static str {
-    ["q", "mem_q", "infini_q", "k", "v", "mem_k", "mem_v", "sink", "beta", "m", "z", "o_local", "o", "lse", "mem_o", "mem_lse"]
-        [role as usize]
-}
-
 /// The values of a case's inputs, by role: what the reference sees.
 #[derive(Clone, Debug)]
 pub(crate) struct Data(Vec<Option<Array<5>>>);
@@ -209,7 +230,7 @@ impl Data {
             // Parts have no queries and keys: see merge.rs.
             _ => &[],
         };
-        let mut data = Data(vec![None; ROLES]);
+        let mut data = Data(vec![None; NAMES.len()]);
         for &role in wanted {
             data.0[role as usize] = Some(match role {
                 M | Z => state(case, role),
@@ -260,6 +281,35 @@ impl Data {
         tensor
     }
 
+    /// Keys and values of the same stream as another case sees them: position by position.
+    pub fn seen_by(&self, from: &Case, to: &Case) -> Data {
+        let mut data = self.clone();
+        for role in [K, V] {
+            let mut values = Array::zeros(to.sizes(role));
+            for (n, (from_span, to_span)) in from.spans.iter().zip(&to.spans).enumerate() {
+                let (from_first, to_first) = (from.first_key(from_span), to.first_key(to_span));
+                for position in to_first..to_span.end() {
+                    let row = self.get(role).row(&[n, 0, (position - from_first) as usize]);
+                    values.row_mut(&[n, 0, (position - to_first) as usize]).copy_from_slice(row);
+                }
+            }
+            data.0[role as usize] = Some(values);
+        }
+        data
+    }
+
+    /// The streams in another order, or some of them.
+    pub fn streams(&self, order: &[usize]) -> Data {
+        let mut data = self.clone();
+        for (role, values) in data.0.iter_mut().enumerate() {
+            let Some(values) = values.as_mut().filter(|_| role != Sink as usize && role != Beta as usize) else { continue };
+            let gathered = order.iter().flat_map(|&n| values.row(&[n]).to_vec()).collect();
+            let [_, i, r, h, d] = values.shape;
+            *values = Array::new([order.len(), i, r, h, d], gathered);
+        }
+        data
+    }
+
     /// Where rows share memory (strides of 0, fewer entries than blocks), the last one written is what all of them hold.
     fn settle(&mut self, case: &Case) {
         for role in [Q, MemQ, InfiniQ, K, V, MemK, MemV, Sink, Beta, M, Z, OLocal] {
@@ -285,11 +335,11 @@ fn fill(case: &Case, role: Role, distribution: Distribution) -> Array<5> {
     let mut values = Array::zeros([n, i, rows, heads, d]);
     // q and k share the family's structure (direction, exponents), which the first draws decide; values then differ by tensor.
     let keys = case.sizes(K)[2];
-    let dtype = if role == OLocal { Dtype::F32 } else { s.dtype() };
     let family = if matches!(role, InfiniQ) { "infini" } else { "family" };
-    let mut source = Source::new(distribution, dtype, [s.heads(), s.head_dim()], case.scale(), keys, Rng::of(case.seed, family));
-    source.reseed(Rng::of(case.seed, role_name(role)));
-    let mut rng = Rng::of(case.seed, role_name(role));
+    let mut source =
+        Source::new(distribution, s.dtype(), [s.heads(), s.head_dim()], case.scale(), keys, Rng::of(case.seed, family));
+    source.reseed(Rng::of(case.seed, role.name()));
+    let mut rng = Rng::of(case.seed, role.name());
     for n in 0..n {
         for i in 0..i {
             for r in 0..rows {
@@ -298,7 +348,12 @@ fn fill(case: &Case, role: Role, distribution: Distribution) -> Array<5> {
                     match role {
                         Q | MemQ | InfiniQ => source.query(row),
                         K | MemK => source.key(r, h, row),
-                        V | MemV | OLocal => source.value(r, h, row),
+                        V | MemV => source.value(r, h, row),
+                        // f32 digits, in the range of the output.
+                        OLocal => {
+                            source.value(r, h, row);
+                            row.iter_mut().for_each(|x| *x = (*x * (1.0 - rng.unit() / 512.0)) as f32 as f64);
+                        }
                         Beta => row[0] = (rng.pick(&[0.5, 1.0, 4.0]) * rng.normal()).clamp(-12.0, 12.0) as f32 as f64,
                         _ => row[0] = (4.0 * rng.normal()) as f32 as f64,
                     }
@@ -314,7 +369,7 @@ fn state(case: &Case, role: Role) -> Array<5> {
     let [n, i, rows, heads, d] = case.sizes(role);
     let mut values = Array::zeros([n, i, rows, heads, d]);
     let mut is_empty = Rng::of(case.seed, "empty state");
-    let mut rng = Rng::of(case.seed, role_name(role));
+    let mut rng = Rng::of(case.seed, role.name());
     for n in 0..n {
         for i in 0..i {
             if is_empty.chance(1, 4) {

@@ -81,9 +81,8 @@ where
         block.step(h, case, (&plan, &mut streams, &slots), (t % whole) as usize, &mut scratch)?;
         let results = block.results(h)?;
         if spots.contains(&t) {
-            let sub = || window_case(case, t - reach, reach as usize + 1, whole, states.remove(&(t - reach)));
             let fresh = || {
-                let sub = sub();
+                let sub = window_case(case, t - reach, reach as usize + 1, whole, states.remove(&(t - reach)));
                 let reference = Reference::new(&sub);
                 (sub, reference)
             };

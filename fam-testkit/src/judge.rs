@@ -27,12 +27,14 @@ impl Verdict {
 }
 
 /// The reference's results of a case, with what their bounds are derived from.
+#[derive(Debug)]
 pub struct Reference {
     attended: Attended,
     infini: Option<InfiniReference>,
 }
 
 /// A free-running recurrence: the bound of a segment's result holds the bounds of all states before it.
+#[derive(Debug)]
 struct InfiniReference {
     /// a and the bound of its error, `[N, L, Hq, D]`.
     a: Array<4>,
@@ -143,6 +145,26 @@ impl Reference {
             }
         }
         verdict
+    }
+
+    /// The reference's results by output name, in f32; 0 in rows past a stream's length.
+    pub(crate) fn expected(&self, case: &CaseFile) -> BTreeMap<String, Tensor> {
+        let limits = Limits::default();
+        let checker = Checker::new(Level::Hard, case.shape.dtype(), Dtype::F32, &limits);
+        let mut expected = BTreeMap::new();
+        for name in OUTPUTS {
+            let shape = case.output_shape(name);
+            let mut values = vec![0.0; shape.iter().product()];
+            let mut is_there = false;
+            self.elements(case, name, &checker.bound, |item| {
+                values[item.index] = item.expected;
+                is_there = true;
+            });
+            if is_there {
+                expected.insert(name.to_string(), Tensor::from_values(Dtype::F32, shape, values));
+            }
+        }
+        expected
     }
 
     /// Calls `visit` for every element of output `name`.

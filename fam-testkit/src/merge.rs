@@ -1,6 +1,6 @@
 //! Cases of `merge`: two parts with log-sum-exps from equal to far apart, and parts without keys.
 
-use crate::case::Case;
+use crate::case::{Case, Strides};
 use crate::check::{Checker, Element};
 use crate::data::Role;
 use crate::distribution::{Distribution, Source, exp2, round};
@@ -14,22 +14,44 @@ use fam_core::{Backend, Dtype, Merge, Partial, Plan};
 use fam_ref::Array;
 use std::borrow::BorrowMut;
 
-/// One part: `o` `[N, nb, L, Hq, D]` and `lse` `[N, nb, L, Hq, 1]`.
-struct Part {
-    o: Array<5>,
-    lse: Array<5>,
+/// One part, or a merge of two: `o` `[N, nb, L, Hq, D]` and `lse` `[N, nb, L, Hq, 1]`.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub o: Array<5>,
+    pub lse: Array<5>,
 }
 
 /// Runs one case.
 pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Result<Passed, Stop> {
-    let plan = plan(h, &case.spec()?)?;
     // Block rows of the case's calls, or their memory rows.
     let sizes = case.sizes(if case.mem_rows { Role::MemO } else { Role::O });
+    let mut parts = draw(case, sizes);
+    let (got_o, got_lse) = launch(h, case, &mut parts)?;
+
+    let limits = h.limits();
+    let mut checker = Checker::new(level, case.shape.dtype(), case.out_dtype, &limits);
+    let [a, b] = &parts;
+    for [n, i, r] in rows(sizes) {
+        for head in 0..sizes[3] {
+            let at = [n, i, r, head];
+            let got_lse = got_lse.as_ref().map(|l| l.row(&at)[0]);
+            check_row(&mut checker, at, got_o.row(&at), got_lse, [a, b].map(|p| (p.o.row(&at), p.lse.row(&at)[0])));
+        }
+    }
+    conclude(case, checker, digest(std::iter::once(&got_o).chain(&got_lse)))
+}
+
+/// Merges two parts of the same sizes. Where the case's strides make rows share memory, the parts become what is in it.
+pub(crate) fn launch<H: Harness + ?Sized>(
+    h: &H,
+    case: &Case,
+    parts: &mut [Part; 2],
+) -> Result<(Array<5>, Option<Array<5>>), Stop> {
+    let plan = plan(h, &case.spec()?)?;
+    let sizes = parts[0].o.shape;
     let per_row = [sizes[0], sizes[1], sizes[2], sizes[3], 1];
     let mut rng = Rng::of(case.seed, "merge layouts");
     let mut arranged = |dtype, shape, is_output| arrange(case.strides, dtype, shape, is_output, &mut rng);
-
-    let mut parts = draw(case, sizes);
     let mut loaded = Vec::new();
     for (part, dtype) in parts.iter_mut().zip(case.part_dtypes) {
         let o = settled(&mut part.o, Tensor::new(arranged(dtype, sizes, false), POISON));
@@ -47,20 +69,7 @@ pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Resu
         }
         h.backend().merge(&plan, queue, args, scratch.borrow_mut())
     })?;
-    let got_o = read(h, o, "o")?;
-    let got_lse = lse.map(|lse| read(h, lse, "lse")).transpose()?;
-
-    let limits = h.limits();
-    let mut checker = Checker::new(level, case.shape.dtype(), case.out_dtype, &limits);
-    let [a, b] = &parts;
-    for [n, i, r] in rows(sizes) {
-        for head in 0..sizes[3] {
-            let at = [n, i, r, head];
-            let got_lse = got_lse.as_ref().map(|l| l.row(&at)[0]);
-            check_row(&mut checker, at, got_o.row(&at), got_lse, [a, b].map(|p| (p.o.row(&at), p.lse.row(&at)[0])));
-        }
-    }
-    conclude(case, checker, digest(std::iter::once(&got_o).chain(&got_lse)))
+    Ok((read(h, o, "o")?, lse.map(|lse| read(h, lse, "lse")).transpose()?))
 }
 
 fn check_row(checker: &mut Checker<'_>, [n, i, r, h]: [usize; 4], got: &[f64], got_lse: Option<f64>, parts: [(&[f64], f64); 2]) {
@@ -143,7 +152,10 @@ fn draw(case: &Case, sizes: [usize; 5]) -> [Part; 2] {
             for (part, bit) in [(&mut *a, 1), (&mut *b, 2)] {
                 if empty < 4 && empty & bit != 0 {
                     part.lse.row_mut(&at)[0] = f64::NEG_INFINITY;
-                    part.o.row_mut(&at).fill(f64::NAN);
+                    // Of an empty part nothing but that is seen; unless another row shares the memory.
+                    if case.strides != Strides::Broadcast {
+                        part.o.row_mut(&at).fill(f64::NAN);
+                    }
                 }
             }
             if case.distribution == Distribution::NonFinite && rng.chance(1, 8) {

@@ -5,6 +5,7 @@
 
 use crate::case::Case;
 use crate::data::{Data, Role};
+use crate::distribution::round;
 use crate::rng::Rng;
 use fam_core::Op;
 
@@ -13,7 +14,7 @@ pub(crate) fn spoil(case: &Case, data: &mut Data) {
     let mut rng = Rng::of(case.seed, "non-finite");
     let kinds = [f64::NAN, f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
     match case.op {
-        Op::Attend if rng.chance(1, 4) => hide_keys(data, &mut rng),
+        Op::Attend if rng.chance(1, 4) => hide_keys(case, data, &mut rng),
         Op::Attend => {
             let role = rng.pick(&[Role::Q, Role::MemQ, Role::K, Role::V, Role::MemK, Role::MemV]);
             scatter(data, role, &kinds, &mut rng);
@@ -44,11 +45,11 @@ fn scatter(data: &mut Data, role: Role, kinds: &[f64], rng: &mut Rng) {
 }
 
 /// A run of keys whose logit is −inf for every query: rows that see only those are empty.
-fn hide_keys(data: &mut Data, rng: &mut Rng) {
+fn hide_keys(case: &Case, data: &mut Data, rng: &mut Rng) {
     let [.., d] = data.get(Role::K).shape;
     let c = rng.below(d);
     for role in [Role::Q, Role::MemQ] {
-        data.get_mut(role).data.iter_mut().skip(c).step_by(d).for_each(|q| *q = q.abs() + 0.5);
+        data.get_mut(role).data.iter_mut().skip(c).step_by(d).for_each(|q| *q = round(q.abs() + 0.5, case.shape.dtype()));
     }
     let hide_memory = rng.chance(2, 3);
     if hide_memory {

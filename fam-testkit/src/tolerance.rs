@@ -7,7 +7,8 @@
 //! HARD_j = u_out|o_j| + P16·1.01·u_P·A_j + u32·A_j·(2S(D+4) + n + 3·tiles + 12) + tiny
 //! STAT_j = u_out|o_j| + P16·1.01·u_P·A_j + u32·A_j·(2S(√D+4) + 4√n + 12) + tiny
 //! LSE    = u32·(|lse| + 2S(D+4) + n + 8)
-//! tiny   = half the least positive number of the output's type (+ 2⁻²⁵·max|v|·(n, or √n in STAT) with f16 probabilities)
+//! tiny   = half the least positive number of the output's type, and what the underflow of probabilities can move:
+//!          2⁻²⁵·max|v|·(n, or √n in STAT) where they are f16, 2⁻¹⁵⁰·max|v|·n in f32
 //! ```
 //!
 //! Where logits are exact in f32, S is 40. A kernel with another source of error declares it as a [`Term`].
@@ -161,6 +162,8 @@ impl<'a> Bound<'a> {
             Level::Stat => (2.0 * s * (d.sqrt() + 4.0) + 4.0 * n.sqrt() + 12.0, n.sqrt()),
         };
         let p16 = match self.p16 {
+            // f32 probabilities underflow gradually. Only a row whose sink outweighs all of its keys can tell.
+            None if v_max.is_finite() => exp2(-150) * n * v_max,
             None => 0.0,
             Some(Dtype::F16) => 1.01 * Dtype::F16.unit_roundoff() * a + exp2(-25) * keys * v_max,
             Some(p) => 1.01 * p.unit_roundoff() * a,
@@ -248,6 +251,8 @@ mod tests {
         let c = Condition { o: 0.5, a: 2.0, s: 3.0, n: 16.0, tiles: 2.0, d: 64.0, v_max: 4.0 };
         let bound = Bound::new(Level::Hard, Dtype::F32, Dtype::F32, &limits);
         assert_eq!(bound.o(&c), U32 * 0.5 + U32 * 2.0 * (6.0 * 68.0 + 16.0 + 6.0 + 12.0) + exp2(-150));
+        let only_sink = Condition { o: 0.0, a: 0.0, ..c };
+        assert_eq!(bound.o(&only_sink), exp2(-150) * (16.0 * 4.0 + 1.0));
         let bound = Bound { level: Level::Stat, ..bound };
         assert_eq!(bound.o_f32(&c), U32 * 2.0 * (6.0 * 12.0 + 16.0 + 12.0));
         let p16 = Limits::default().p16(&[Dtype::F16]);

@@ -1,0 +1,50 @@
+//! The CPU backend under the whole suite.
+
+mod common;
+
+use common::CpuHarness;
+use fam_core::Op;
+use fam_testkit::{Budget, Event, Filter, Level, Outcome, Report, SuiteOptions, run_suite};
+
+/// `FAM_CASES` sets how many cases the long suite runs.
+fn cases(default: u64) -> u64 {
+    std::env::var("FAM_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
+}
+
+fn suite(h: &CpuHarness, options: &SuiteOptions) -> Report {
+    run_suite(h, options, &mut |event| {
+        if let Event::Done { case, outcome: Outcome::Failed(what), .. } = event {
+            println!("failed: {case}\n  {what}");
+        }
+    })
+}
+
+#[test]
+fn cpu_is_right_on_the_fixed_seed() {
+    let options =
+        SuiteOptions { budget: Budget::Cases(cases(10_000)), level: Level::Stat, threads: 2, ..SuiteOptions::default() };
+    let started = std::time::Instant::now();
+    let report = suite(&CpuHarness::serial(), &options);
+    println!("{report}{}\n{:.1} s", report.coverage, started.elapsed().as_secs_f64());
+    assert!(report.is_ok(), "replay a seed with Case::from_seed and run_case:\n{report}");
+    assert!(report.skipped.is_empty(), "{:?}", report.skipped);
+    assert!(report.coverage.dense_share() >= 0.3 && report.coverage.gaps().is_empty());
+}
+
+/// The number of threads changes no bit of any result.
+#[test]
+fn threads_change_nothing() {
+    let options = SuiteOptions {
+        seed: 2,
+        budget: Budget::Cases(600),
+        filter: Filter { ops: Op::ALL.to_vec(), ..Filter::default() },
+        ..SuiteOptions::default()
+    };
+    let serial = suite(&CpuHarness::serial(), &options);
+    assert!(serial.is_ok(), "{serial}");
+    for threads in [1, 2, 3, 7] {
+        let pool = suite(&CpuHarness::pool(threads), &options);
+        assert!(pool.is_ok(), "{threads} threads:\n{pool}");
+        assert_eq!(pool.digest, serial.digest, "{threads} threads give other bits");
+    }
+}
