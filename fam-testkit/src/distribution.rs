@@ -412,7 +412,7 @@ mod tests {
                         if distribution.has_exact_logits() {
                             let exact: f64 = q.iter().zip(&k).map(|(q, k)| q * k).sum();
                             let rounded: f32 = q.iter().zip(&k).map(|(q, k)| *q as f32 * *k as f32).sum();
-                            assert_eq!(exact, rounded.into(), "{distribution} {dtype}");
+                            assert_eq!(exact, f64::from(rounded), "{distribution} {dtype}");
                         }
                     }
                 }

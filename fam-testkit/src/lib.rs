@@ -7,7 +7,7 @@
 //! | [`Case`], [`Filter`], [`Distribution`] | the test table: every case a pure function of one printed `u64` seed |
 //! | [`run_case`], [`run_suite`], [`Report`], [`Coverage`] | running it, on several threads, with the seed told before each launch |
 //! | [`Level`], [`Bound`], [`Limits`] | the bounds, derived from each row's own conditioning, and what a backend declares |
-//! | [`PROPERTIES`], [`run_property`] | the contract's section 7: what must agree bit for bit, and what within the bound |
+//! | [`PROPERTIES`], [`Property`], [`run_property`] | the contract's section 7: what must agree bit for bit, and what within the bound |
 //! | [`run_streams`] | [`fam_core::Streams`] under random events: steps, drops, rollbacks, copies, snapshots, resets, bad calls |
 //! | [`invalid_calls`] | calls that must be refused, with nothing written |
 //! | [`CaseFile`], [`replay`], [`Reference`] | case files: recorded tensors replayed in three [`Mode`]s, and anybody's output file judged |
@@ -38,6 +38,7 @@ mod judge;
 mod launch;
 mod merge;
 mod nonfinite;
+mod properties;
 mod replay;
 mod rng;
 mod runner;
@@ -54,6 +55,7 @@ pub use generate::case_file;
 pub use guard::{CANARY, POISON};
 pub use harness::{Harness, Mem, Owned, Queue};
 pub use judge::{Reference, Verdict};
+pub use properties::{PROPERTIES, Property, run_property};
 pub use replay::{Mode, replay};
 pub use rng::{Rng, case_seed};
 pub use runner::{BIAS_COUNT, BIAS_SHARE, Budget, Event, Failure, Outcome, Passed, Report, SuiteOptions, run_case, run_suite};

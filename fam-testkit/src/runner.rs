@@ -41,15 +41,19 @@ pub struct Passed {
 
 /// Runs one case: builds its tensors with traps, runs the op, checks every byte and every number.
 pub fn run_case<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Outcome {
-    let result = catch_unwind(AssertUnwindSafe(|| match case.op {
+    caught(|| match case.op {
         Op::Attend => run_attend(h, case, level),
         Op::Append => append::run(h, case),
         Op::InfiniRead => infini_read::run(h, case, level),
         Op::InfiniWrite => infini_write::run(h, case, level),
         Op::Merge => merge::run(h, case, level),
         other => Err(Stop::Skipped(format!("no cases for {other}"))),
-    }));
-    match result {
+    })
+}
+
+/// An outcome of what may stop or panic.
+pub(crate) fn caught(run: impl FnOnce() -> Result<Passed, Stop>) -> Outcome {
+    match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(passed)) => Outcome::Passed(passed),
         Ok(Err(Stop::Skipped(reason))) => Outcome::Skipped(reason),
         Ok(Err(Stop::Failed(what))) => Outcome::Failed(what),

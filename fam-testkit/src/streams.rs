@@ -340,6 +340,7 @@ where
         self.slots[slot] = Some(Live { done: live.done - tokens, ..live });
         let stream = &mut self.data[live.stream];
         stream.o.retain(|&t, _| t < live.done - tokens);
+        stream.mem_o.retain(|_, (had, _)| *had <= live.done - tokens);
         Ok(())
     }
 

@@ -113,8 +113,8 @@ pub(super) fn order<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, Sto
         for (a, b) in outputs.arrays().zip(other.arrays()) {
             for (m, &n) in order.iter().enumerate() {
                 let (a, b) = (a.row(&[n]), b.row(&[m]));
-                // A stream alone has an array of its own length: rows that both have.
-                if a.iter().zip(b).any(|(x, y)| x.to_bits() != y.to_bits()) && case.blocks() == base.blocks() {
+                // A shorter batch has shorter arrays: the rows that both have.
+                if a.iter().zip(b).any(|(x, y)| x.to_bits() != y.to_bits()) {
                     return Err(Stop::Failed(format!("{base}: stream {n} differs in order {order:?} and slots {slots:?}")));
                 }
             }
