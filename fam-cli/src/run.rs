@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Two samples of a real language model's activations, with results computed elsewhere.
-const SAMPLES: [(&str, &[u8]); 2] = [
+pub const SAMPLES: [(&str, &[u8]); 2] = [
     ("smollm2_l29_f32_small", include_bytes!("../samples/smollm2_l29_f32_small.safetensors")),
     ("smollm2_infini_l05_delta_f32", include_bytes!("../samples/smollm2_infini_l05_delta_f32.safetensors")),
 ];

@@ -1,0 +1,201 @@
+//! `fam perf`: speed, as a share of what this machine can do. Every case is checked before it is timed.
+
+mod case;
+mod check;
+mod compare;
+mod driver;
+mod roof;
+
+use crate::backend::{self, Job};
+use crate::report::Report;
+use crate::{Failure, Outcome};
+use case::{CASES, PerfCase};
+use check::Verdict;
+use driver::Driver;
+use fam::{Backend, Dtype};
+use fam_testkit::Harness;
+use indicatif::ProgressBar;
+use roof::{Probe, Rates};
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// The roof is measured so many times between the samples of a case, so that a machine that slows down slows both.
+const PROBES: u32 = 8;
+
+/// Speed, as a share of what this machine can do.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    backend: backend::Options,
+    /// Only these cases: A to F, or one of a letter, such as E-64.
+    #[arg(long, value_delimiter = ',')]
+    case: Vec<String>,
+    /// Element types.
+    #[arg(long, value_delimiter = ',', default_value = "f32,f16,bf16")]
+    dtype: Vec<Dtype>,
+    /// Seconds of samples for each case and dtype (at least 8 samples).
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Measure nothing: compare the --json outputs of two runs.
+    #[arg(long, num_args = 2, value_names = ["A.json", "B.json"],
+          conflicts_with_all = ["backend", "threads", "case", "dtype", "seconds"])]
+    compare: Option<Vec<PathBuf>>,
+}
+
+pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
+    if let Some([a, b]) = args.compare.as_deref() {
+        return compare::compare(a, b, report);
+    }
+    if !(args.seconds > 0.0 && args.seconds <= 3600.0) {
+        return Err(format!("seconds = {}: above 0, at most 3600", args.seconds).into());
+    }
+    if let Some(unknown) = args.case.iter().find(|name| !CASES.iter().any(|c| c.is_named(name))) {
+        let names = CASES.map(|c| c.name).join(", ");
+        return Err(format!("case = {unknown}: one of {names}, or a letter of them").into());
+    }
+    let is_chosen = |c: &&PerfCase| args.case.is_empty() || args.case.iter().any(|name| c.is_named(name));
+    let mut chosen = Vec::new();
+    for case in CASES.iter().filter(is_chosen) {
+        for (i, &dtype) in args.dtype.iter().enumerate() {
+            if !args.dtype[..i].contains(&dtype) {
+                chosen.push((*case, dtype));
+            }
+        }
+    }
+    backend::on(&args.backend, Measure { args, report, chosen })
+}
+
+struct Measure<'a> {
+    args: &'a Args,
+    report: &'a Report,
+    chosen: Vec<(PerfCase, Dtype)>,
+}
+
+impl Job for Measure<'_> {
+    type Output = Outcome;
+
+    fn run<H: Harness + Sync>(self, h: &H, reason: &str) -> Result<Outcome, Failure>
+    where
+        H::Backend: Clone,
+    {
+        let Measure { args, report, chosen } = self;
+        let threads = args.backend.threads.map_or_else(crate::environment::threads, |n| n.get());
+        let (probe, cpu) = (Probe::new(threads), crate::environment::cpu_model());
+        let Rates { flops, exps, bytes } = probe.measure();
+        report.line(format!("backend  {} ({reason}) on {cpu}, threads: {threads}", h.backend().name()));
+        report.line(format!(
+            "roof     {:.1} GFLOP/s multiply and add, {:.2} G exponentials/s, {:.1} GB/s read: what plain Rust reaches with the\n         \
+             instructions of this build's target, which are those of the kernels. Measured again beside every case.",
+            flops / 1e9,
+            exps / 1e9,
+            bytes / 1e9
+        ));
+        for (i, (case, _)) in chosen.iter().enumerate() {
+            if i == 0 || chosen[i - 1].0.name != case.name {
+                report.line(format!("{:8} {}", case.name, case.what));
+            }
+        }
+        report.line(format!("\n{:9} {:5} {:>10} {:>9} {:>8} {:>9} {:>8}", "case", "dtype", "median ms", "GFLOP/s", "GB/s", "roof ms", "share"));
+        let bar = report.progress(chosen.len() as u64, "cases");
+        let mut outcome = Outcome::Right;
+        for (case, dtype) in chosen {
+            bar.set_message(format!("{} {dtype}: checking", case.name));
+            let mut driver = Driver::new(h, case, dtype)?;
+            let verdict = check::check(h, &mut driver)?;
+            let measured = match verdict.wrong {
+                Some(_) => {
+                    outcome = Outcome::Wrong;
+                    None
+                }
+                None => {
+                    bar.set_message(format!("{} {dtype}: timing", case.name));
+                    Some(time(&mut driver, &probe, args.seconds)?)
+                }
+            };
+            say(&driver, threads, &verdict, measured, report, &bar);
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok(outcome)
+    }
+}
+
+/// Seconds of each sample, and the roofs that were measured between them.
+fn time<H: Harness>(driver: &mut Driver<'_, H>, probe: &Probe, seconds: f64) -> Result<(Vec<f64>, Vec<Rates>), Failure>
+where
+    H::Backend: Clone,
+{
+    let (mut samples, mut rates) = (Vec::new(), Vec::new());
+    for _ in 0..PROBES {
+        rates.push(probe.measure());
+        // The probe has emptied the caches.
+        driver.sample()?;
+        let part = Duration::from_secs_f64(seconds) / PROBES;
+        let first = Instant::now();
+        loop {
+            let start = Instant::now();
+            driver.sample()?;
+            samples.push(start.elapsed().as_secs_f64());
+            if first.elapsed() >= part {
+                break;
+            }
+        }
+    }
+    Ok((samples, rates))
+}
+
+fn say<H: Harness>(
+    driver: &Driver<'_, H>,
+    threads: usize,
+    verdict: &Verdict,
+    measured: Option<(Vec<f64>, Vec<Rates>)>,
+    report: &Report,
+    bar: &ProgressBar,
+) where
+    H::Backend: Clone,
+{
+    let (case, dtype) = (&driver.case, driver.shape.dtype());
+    let Some((samples, rates)) = measured else {
+        let wrong = verdict.wrong.map_or_else(String::new, |wrong| wrong.to_string());
+        bar.suspend(|| report.line(format!("{:9} {:5} WRONG, so not timed: {wrong}", case.name, dtype.name())));
+        report.record("wrong", json!({ "case": case.name, "dtype": dtype.name(), "threads": threads, "wrong": wrong }));
+        return;
+    };
+    let (work, rate, median) = (case.work(dtype), Rates::median(&rates), median(&samples));
+    let roof = match case.is_bound_by_memory() {
+        true => work.bytes / rate.bytes,
+        false => work.flops / rate.flops + work.exps / rate.exps,
+    };
+    let gb_per_s = case.is_bound_by_memory().then_some(work.bytes / median / 1e9);
+    bar.suspend(|| {
+        report.line(format!(
+            "{:9} {:5} {:10.3} {:9.1} {:>8} {:9.3} {:6.0} %",
+            case.name,
+            dtype.name(),
+            median * 1e3,
+            work.flops / median / 1e9,
+            gb_per_s.map_or_else(String::new, |rate| format!("{rate:.1}")),
+            roof * 1e3,
+            100.0 * roof / median
+        ));
+    });
+    report.record(
+        "roof",
+        json!({ "case": case.name, "dtype": dtype.name(), "threads": threads, "rates": rates, "median": rate, "seconds": roof }),
+    );
+    report.record(
+        "perf",
+        json!({ "case": case.name, "what": case.what, "dtype": dtype.name(), "threads": threads, "kernel": driver.kernel(),
+                "compared": verdict.compared, "worst": verdict.worst, "calls": case.calls, "flops": work.flops, "exps": work.exps,
+                "bytes": work.bytes, "samples": samples, "median": median, "share": roof / median }),
+    );
+}
+
+/// The middle sample, or the mean of the two in the middle. `samples` is not empty.
+fn median(samples: &[f64]) -> f64 {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 }
+}

@@ -1,0 +1,214 @@
+//! A case's last call held against the f64 reference, every value of it: a wrong result has no time.
+
+use super::case::PerfCase;
+use super::driver::Driver;
+use fam::{InfiniRule, Result, Shape, Span};
+use fam_ref::Array;
+use fam_testkit::{
+    Bound, Condition, Element, Harness, Level, Limits, Tensor, Wrong, infini_delta, infini_read_bound, infini_write_bound,
+    infini_z,
+};
+use std::ops::Range;
+
+/// What the comparison found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Verdict {
+    /// Values compared.
+    pub compared: u64,
+    /// Largest share of its bound that an error took.
+    pub worst: f64,
+    /// The first wrong value.
+    pub wrong: Option<Wrong>,
+}
+
+impl Verdict {
+    fn value(&mut self, tensor: &'static str, index: [usize; 5], [got, expected]: [f64; 2], bound: f64) {
+        let error = (got - expected).abs();
+        self.compared += 1;
+        self.worst = self.worst.max(if error == 0.0 { 0.0 } else { error / bound });
+        // Not `error > bound`: a NaN must not pass.
+        if !(error <= bound) {
+            self.wrong.get_or_insert(Wrong { at: Element { tensor, index }, got, expected, bound });
+        }
+    }
+
+    fn add(&mut self, other: Verdict) {
+        self.compared += other.compared;
+        self.worst = self.worst.max(other.worst);
+        self.wrong = self.wrong.or(other.wrong);
+    }
+}
+
+/// Runs one sample and checks its last call, on all threads.
+pub fn check<H: Harness>(h: &H, driver: &mut Driver<'_, H>) -> Result<Verdict>
+where
+    H::Backend: Clone,
+{
+    let before = driver.state()?;
+    driver.sample()?;
+    let call = &Call::last(driver, before, h.limits())?;
+    let threads = crate::environment::threads();
+    // The first kv heads first, so that the first wrong value is the same on any number of threads.
+    let heads = call.case.kv_heads;
+    let mut verdict = Verdict::default();
+    std::thread::scope(|scope| {
+        let part = |i: usize| i * heads / threads..(i + 1) * heads / threads;
+        let parts: Vec<_> = (0..threads).map(|i| scope.spawn(move || call.heads(part(i)))).collect();
+        for part in parts {
+            verdict.add(part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(verdict)
+    })
+}
+
+/// The last call of a sample: what went in, and what came out.
+struct Call {
+    case: PerfCase,
+    shape: Shape,
+    limits: Limits,
+    /// Queries, block rows and memory rows: `[N, rows, Hq, D]`, `[N, F, Hq, D]`.
+    q: [Array<4>; 2],
+    o: [Array<4>; 2],
+    /// Keys and values of the tokens in the order of their positions: `[N, history + rows, Hkv, D]`.
+    kv: [Array<4>; 2],
+    mem: [Array<4>; 2],
+    beta: Vec<f64>,
+    /// m and z before the call, and after it.
+    state: Option<[[Vec<f64>; 2]; 2]>,
+}
+
+impl Call {
+    fn last<H: Harness>(driver: &mut Driver<'_, H>, before: Option<[Tensor; 2]>, limits: Limits) -> Result<Self>
+    where
+        H::Backend: Clone,
+    {
+        let (case, inputs) = (driver.case, &driver.inputs);
+        // A block was committed, a token was taken back.
+        let start = driver.position()? as usize - if case.is_block() { case.rows } else { 0 };
+        let tokens: Vec<usize> = (start - case.history..start + case.rows).map(|p| p % inputs.k.shape[1]).collect();
+        let all = 0..case.kv_heads;
+        let beta = inputs.beta.values();
+        let kv = [&inputs.k, &inputs.v].map(|t| cut(&array(t), &tokens, all.clone()));
+        let (q, mem) = ([&inputs.q, &inputs.mem_q].map(array), [&inputs.mem_k, &inputs.mem_v].map(array));
+        let o = driver.outputs()?.each_ref().map(array);
+        let values = |state: [Tensor; 2]| state.each_ref().map(Tensor::values);
+        let state = before.zip(driver.state()?).map(|(before, after)| [values(before), values(after)]);
+        Ok(Call { case, shape: driver.shape, limits, q, o, kv, mem, beta, state })
+    }
+
+    fn heads(&self, kv_heads: Range<usize>) -> Result<Verdict> {
+        let mut verdict = Verdict::default();
+        for kv_head in kv_heads {
+            self.rows(kv_head, &mut verdict)?;
+            self.state(kv_head, &mut verdict);
+        }
+        Ok(verdict)
+    }
+
+    /// `o` and `mem_o` of the query heads that read `kv_head`.
+    fn rows(&self, kv_head: usize, verdict: &mut Verdict) -> Result<()> {
+        let PerfCase { head_dim: d, batch, history, rows, mem_len, .. } = self.case;
+        let group = self.shape.group();
+        let (own, heads) = (kv_head..kv_head + 1, kv_head * group..(kv_head + 1) * group);
+        // The same layer with one kv head.
+        let shape = Shape::builder().heads(group).kv_heads(1).head_dim(d).block_len(self.case.block_len);
+        let shape = shape.window(self.shape.window()).mem_len(mem_len).scale(self.shape.scale()).build()?;
+        let spans: Vec<_> = (0..batch)
+            .map(|n| Span::new(n as u32, history as u64, rows as u32).with_mem_rows(mem_len as u32))
+            .collect();
+        let every = |a: &Array<4>, heads: &Range<usize>| cut(a, &(0..a.shape[1]).collect::<Vec<_>>(), heads.clone());
+        let memory = |a: &Array<4>, heads: &Range<usize>| every(a, heads).reshape([batch, 1, mem_len, heads.len(), d]);
+        let ([q, mem_q], [k, v], [mem_k, mem_v]) = (&self.q, &self.kv, &self.mem);
+        let (q, mem_q) = (every(q, &heads), memory(mem_q, &heads));
+        let attended = fam_ref::attend(&fam_ref::Attend {
+            shape: &shape,
+            spans: &spans,
+            q: Some(&q),
+            mem_q: (self.case.is_block() && mem_len > 0).then_some(&mem_q),
+            k: &every(k, &own),
+            v: &every(v, &own),
+            mem_k: Some(&memory(mem_k, &own)),
+            mem_v: Some(&memory(mem_v, &own)),
+            sink: None,
+        });
+
+        let dtype = self.shape.dtype();
+        let bound = Bound::new(Level::Hard, dtype, dtype, &self.limits);
+        for (name, rows, got) in [("o", attended.rows, &self.o[0]), ("mem_o", attended.mem_rows, &self.o[1])] {
+            let Some(rows) = rows else { continue };
+            let [batch, _, count, ..] = rows.o.shape;
+            for (n, r, h) in (0..batch * count * group).map(|i| (i / (count * group), i / group % count, i % group)) {
+                let row = [n, 0, r, h];
+                let tiles = (rows.n[row] / self.limits.key_tile as f64).ceil();
+                let (o, a) = (rows.o.row(&row), rows.a.row(&row));
+                let (s, keys, v_max) = (rows.s[row], rows.n[row], rows.v_max[row]);
+                let condition = |c: usize| Condition { o: o[c], a: a[c], s, n: keys, tiles, d: d as f64, v_max };
+                let got = got.row(&[n, r, heads.start + h]);
+                let read = self.state.as_ref().map(|[before, _]| {
+                    let [m, z] = of_head(before, kv_head, d);
+                    fam_ref::infini_retrieve(q.row(&[n, r, h]), m, z)
+                });
+                let gate = fam_ref::gate(self.beta[heads.start + h]);
+                for c in 0..d {
+                    let (expected, bound) = match &read {
+                        None => (o[c], bound.o(&condition(c))),
+                        Some(read) => {
+                            let a = [read.a[c], infini_read_bound(d, read.magnitude[c], read.a[c])];
+                            let local = [o[c], bound.o_f32(&condition(c))];
+                            (gate * a[0] + (1.0 - gate) * o[c], bound.gated(gate, a, local))
+                        }
+                    };
+                    verdict.value(name, [n, 0, r, heads.start + h, c], [got[c], expected], bound);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// m and z that the call has written, from those that it has read.
+    fn state(&self, kv_head: usize, verdict: &mut Verdict) {
+        let (Some([before, after]), Some(rule)) = (&self.state, self.case.infini) else { return };
+        let PerfCase { head_dim: d, history, rows, .. } = self.case;
+        let [m, z] = of_head(before, kv_head, d);
+        let [got_m, got_z] = of_head(after, kv_head, d);
+        let [k, v] = self.kv.each_ref().map(|a| {
+            let rows = (history..history + rows).map(|t| a.row(&[0, t, kv_head]));
+            rows.collect::<Vec<_>>()
+        });
+        let written = fam_ref::infini_write(rule, &k, &v, m, z);
+        for (at, (got, expected)) in got_m.iter().zip(&written.m).enumerate() {
+            let delta = match rule {
+                InfiniRule::Linear => 0.0,
+                _ => infini_delta(rows, d, written.s_read[at], written.s_diff[at]),
+            };
+            let bound = infini_write_bound(rows, written.s_v[at], *expected) + delta;
+            verdict.value("m", [0, 0, at / d, kv_head, at % d], [*got, *expected], bound);
+        }
+        for (c, (got, expected)) in got_z.iter().zip(&written.z).enumerate() {
+            verdict.value("z", [0, 0, 0, kv_head, c], [*got, *expected], infini_z(rows, written.s_sum[c], *expected));
+        }
+    }
+}
+
+/// A tensor `[N, .., H, D]` in f64, the axes between as one.
+fn array(tensor: &Tensor) -> Array<4> {
+    let [n, between @ .., h, d] = tensor.shape.as_slice() else { unreachable!("tensors have heads") };
+    Array::new([*n, between.iter().product(), *h, *d], tensor.values())
+}
+
+/// The given rows and heads.
+fn cut(from: &Array<4>, rows: &[usize], heads: Range<usize>) -> Array<4> {
+    let [batch, .., d] = from.shape;
+    let mut data = Vec::with_capacity(batch * rows.len() * heads.len() * d);
+    for n in 0..batch {
+        for &row in rows {
+            data.extend_from_slice(&from.row(&[n, row])[heads.start * d..heads.end * d]);
+        }
+    }
+    Array::new([batch, rows.len(), heads.len(), d], data)
+}
+
+/// m `[D, D]` and z `[D]` of one kv head.
+fn of_head([m, z]: &[Vec<f64>; 2], kv_head: usize, d: usize) -> [&[f64]; 2] {
+    [&m[kv_head * d * d..][..d * d], &z[kv_head * d..][..d]]
+}

@@ -1,0 +1,212 @@
+//! A case on a device: its streams brought to their place, and one sample of its calls.
+
+use super::case::PerfCase;
+use fam::{Backend, Device, Dtype, Layout, Plan, Result, Rows, Shape, Step, StepInfini, Streams, View, ViewMut};
+use fam_testkit::{Harness, Owned, Queue, Rng, Tensor};
+use std::borrow::{Borrow, BorrowMut};
+
+/// Decode goes round streams whose keys and values together take at least so many bytes: several times the last cache of most machines.
+const ROTATED_BYTES: usize = 256 << 20;
+
+/// A case's tensors, random and rounded to its dtype. The token at position p of a stream has the keys of token p mod T, and every call
+/// the same queries and the same memory.
+pub struct Inputs {
+    /// `[N, rows, Hq, D]`; also without rotary positions.
+    pub q: Tensor,
+    /// `[N, T, Hkv, D]`, T = history + rows; also without rotary positions.
+    pub k: Tensor,
+    /// As `k`.
+    pub v: Tensor,
+    /// `[N, 1, F, Hq, D]`.
+    pub mem_q: Tensor,
+    /// `[N, 1, F, Hkv, D]`.
+    pub mem_k: Tensor,
+    /// As `mem_k`.
+    pub mem_v: Tensor,
+    /// `[Hq]` of f32.
+    pub beta: Tensor,
+}
+
+impl Inputs {
+    fn new(case: &PerfCase, dtype: Dtype) -> Self {
+        let tensor = |name, dtype, shape: &[usize]| {
+            let mut rng = Rng::of(1, name);
+            let values: Vec<f64> = (0..shape.iter().product()).map(|_| rng.normal()).collect();
+            Tensor::from_values(dtype, shape.to_vec(), values)
+        };
+        let PerfCase { heads, kv_heads, head_dim: d, batch, rows, mem_len, .. } = *case;
+        let keys = [batch, case.history + rows, kv_heads, d];
+        Inputs {
+            q: tensor("q", dtype, &[batch, rows, heads, d]),
+            k: tensor("k", dtype, &keys),
+            v: tensor("v", dtype, &keys),
+            mem_q: tensor("mem_q", dtype, &[batch, 1, mem_len, heads, d]),
+            mem_k: tensor("mem_k", dtype, &[batch, 1, mem_len, kv_heads, d]),
+            mem_v: tensor("mem_v", dtype, &[batch, 1, mem_len, kv_heads, d]),
+            beta: tensor("beta", Dtype::F32, &[heads]),
+        }
+    }
+}
+
+/// A tensor in device memory.
+type Held<H> = (Owned<H>, Layout);
+
+/// The device's copy of [`Inputs`], and outputs.
+struct Buffers<H: Harness> {
+    q: Held<H>,
+    k: Held<H>,
+    v: Held<H>,
+    mem_q: Held<H>,
+    mem_k: Held<H>,
+    mem_v: Held<H>,
+    beta: Held<H>,
+    o: Held<H>,
+    mem_o: Held<H>,
+}
+
+/// A case ready to run.
+pub struct Driver<'h, H: Harness>
+where
+    H::Backend: Clone,
+{
+    h: &'h H,
+    pub case: PerfCase,
+    pub shape: Shape,
+    pub inputs: Inputs,
+    plan: <H::Backend as Backend>::Plan,
+    streams: Streams<H::Backend>,
+    scratch: Owned<H>,
+    buffers: Buffers<H>,
+    /// The slots of each group of N streams, and the group whose turn it is.
+    groups: Vec<Vec<u32>>,
+    turn: usize,
+}
+
+impl<'h, H: Harness> Driver<'h, H>
+where
+    H::Backend: Clone,
+{
+    /// Allocates the case and processes the tokens before its call.
+    pub fn new(h: &'h H, case: PerfCase, dtype: Dtype) -> Result<Self> {
+        let (backend, shape) = (h.backend(), case.shape(dtype)?);
+        let groups = if case.is_bound_by_memory() { ROTATED_BYTES.div_ceil(case.work(dtype).bytes as usize) } else { 1 };
+        let spec = shape.spec(case.batch, case.block_len).slots(case.batch * groups);
+        let plan = backend.plan(&spec.build()?)?;
+        let inputs = Inputs::new(&case, dtype);
+        let input = |t: &Tensor, layout: Layout| Ok::<_, fam::Error>((h.upload(&t.data)?, layout));
+        let output = |t: &Held<H>| Ok::<_, fam::Error>((backend.alloc(t.1.end_bytes().unwrap_or(0))?, t.1));
+        let tokens = |t: &Tensor| input(t, Layout::tokens(dtype, std::array::from_fn(|axis| t.shape[axis])));
+        let memory = |t: &Tensor| input(t, Layout::packed(dtype, std::array::from_fn(|axis| t.shape[axis])));
+        let (q, mem_q) = (tokens(&inputs.q)?, memory(&inputs.mem_q)?);
+        let buffers = Buffers {
+            o: output(&q)?,
+            mem_o: output(&mem_q)?,
+            q,
+            mem_q,
+            k: tokens(&inputs.k)?,
+            v: tokens(&inputs.v)?,
+            mem_k: memory(&inputs.mem_k)?,
+            mem_v: memory(&inputs.mem_v)?,
+            beta: input(&inputs.beta, Layout::per_head(case.heads))?,
+        };
+        let slots = |group| (0..case.batch).map(|n| (group * case.batch + n) as u32).collect();
+        let mut driver = Driver {
+            streams: Streams::new(backend.clone(), &plan)?,
+            scratch: backend.alloc(plan.support().scratch_bytes)?,
+            groups: (0..groups).map(slots).collect(),
+            turn: 0,
+            h,
+            case,
+            shape,
+            inputs,
+            plan,
+            buffers,
+        };
+        for _ in 0..groups {
+            h.run(&mut |queue| {
+                for first in (0..case.history).step_by(case.block_len) {
+                    driver.call(queue, case.block_len.min(case.history - first), false)?;
+                }
+                Ok(())
+            })?;
+            driver.turn = (driver.turn + 1) % groups;
+        }
+        Ok(driver)
+    }
+
+    /// The kernel that attends.
+    pub fn kernel(&self) -> String {
+        self.plan.support().kernel(fam::Op::Attend).map_or_else(String::new, |id| id.to_string())
+    }
+
+    /// One sample: what is timed.
+    pub fn sample(&mut self) -> Result<()> {
+        let PerfCase { rows, calls, .. } = self.case;
+        self.h.run(&mut |queue| (0..calls).try_for_each(|_| self.call(queue, rows, true)))?;
+        self.turn = (self.turn + 1) % self.groups.len();
+        Ok(())
+    }
+
+    /// Position of the next token of the group whose turn it is.
+    pub fn position(&self) -> Result<u64> {
+        self.streams.position(self.groups[self.turn][0])
+    }
+
+    /// `rows` tokens more, with their block rows and what goes with them, or only their keys.
+    fn call(&mut self, queue: &mut Queue<'_, H>, rows: usize, attends: bool) -> Result<()> {
+        let PerfCase { block_len, history, .. } = self.case;
+        let Self { case, inputs, plan, streams, scratch, buffers: b, groups, turn, .. } = self;
+        let slots: &[u32] = &groups[*turn];
+        let position = streams.position(slots[0])?;
+        let view = |(owned, layout): &'_ Held<H>| View::new(owned.borrow(), *layout);
+        if case.mem_len > 0 && position.is_multiple_of(block_len as u64) {
+            streams.set_memory(plan, queue, slots, view(&b.mem_k), view(&b.mem_v), scratch.borrow_mut())?;
+        }
+        let first = (position % inputs.k.shape[1] as u64) as usize;
+        let keys = |(owned, layout): &'_ Held<H>| {
+            let mut layout = layout.with_offset(first * layout.stride[2]);
+            layout.shape[2] = rows;
+            View::new(owned.borrow(), layout)
+        };
+        let mut step = Step::new(slots, keys(&b.k), keys(&b.v));
+        if attends {
+            step = step.rows(Rows::new(view(&b.q), ViewMut::new(b.o.0.borrow_mut(), b.o.1)));
+            if case.mem_len > 0 && case.is_block() {
+                step = step.mem_rows(Rows::new(view(&b.mem_q), ViewMut::new(b.mem_o.0.borrow_mut(), b.mem_o.1)));
+            }
+        }
+        if case.infini.is_some() {
+            step = step.infini(StepInfini { q: view(&b.q), k: keys(&b.k), beta: view(&b.beta) });
+        }
+        let pending = streams.step(plan, queue, step, scratch.borrow_mut())?;
+        if case.is_block() || position < history as u64 {
+            pending.commit();
+        }
+        Ok(())
+    }
+
+    /// `o` and `mem_o` of the last call.
+    pub fn outputs(&self) -> Result<[Tensor; 2]> {
+        let host = |(owned, layout): &Held<H>, shape: &[usize]| {
+            let data = self.h.download(owned, layout.end_bytes().unwrap_or(0) as usize)?;
+            Ok::<_, fam::Error>(Tensor { dtype: layout.dtype, shape: shape.to_vec(), data })
+        };
+        Ok([host(&self.buffers.o, &self.inputs.q.shape)?, host(&self.buffers.mem_o, &self.inputs.mem_q.shape)?])
+    }
+
+    /// The compressive memory of the first stream as the next call reads it: m `[Hkv, D, D]` and z `[Hkv, D]`; `None` without one.
+    pub fn state(&mut self) -> Result<Option<[Tensor; 2]>> {
+        if self.case.infini.is_none() {
+            return Ok(None);
+        }
+        let [kv_heads, d] = [self.case.kv_heads, self.case.head_dim];
+        let backend = self.h.backend();
+        let [m, z] = self.streams.infini_state(self.groups[0][0])?;
+        let host = |view: ViewMut<'_, _>, shape: Vec<usize>| {
+            let mut data = vec![0; 4 * shape.iter().product::<usize>()];
+            backend.download(view.mem, 4 * view.layout.offset as u64, &mut data)?;
+            Ok::<_, fam::Error>(Tensor { dtype: Dtype::F32, shape, data })
+        };
+        Ok(Some([host(m, vec![kv_heads, d, d])?, host(z, vec![kv_heads, d])?]))
+    }
+}
