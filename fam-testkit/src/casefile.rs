@@ -29,6 +29,9 @@ use std::path::Path;
 /// Names of the results, in the order of reports.
 pub const OUTPUTS: [&str; 6] = ["o", "lse", "mem_o", "mem_lse", "m", "z"];
 
+/// The most elements of m that a file may ask for: 1 GiB.
+const MAX_STATE: u64 = 1 << 28;
+
 /// A packed, row-major tensor of a case or output file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
@@ -294,6 +297,16 @@ impl CaseFile {
         // Sizes: from q, k and the memory rows, before anything is read.
         let [batch, tokens, heads, head_dim] = tensors.sizes("q")?;
         let [_, _, kv_heads, _] = tensors.sizes("k")?;
+        if batch == 0 || tokens == 0 {
+            // Also: the other sizes of an empty tensor cost the file nothing, and may claim anything.
+            let value = format!("shape {:?}", [batch, tokens, heads, head_dim]);
+            return Err(Error::invalid("q", value, "at least one stream of one token"));
+        }
+        // A state grows with the square of head_dim, its file only with head_dim.
+        let state = [batch, kv_heads, head_dim, head_dim].iter().try_fold(1u64, |n, &s| n.checked_mul(s as u64));
+        if infini && state.is_none_or(|elements| elements > MAX_STATE) {
+            return Err(Error::LimitExceeded { what: "elements of m", requested: state.unwrap_or(u64::MAX), max: MAX_STATE });
+        }
         let mem_len = ["mem_q", "mem_k"].into_iter().find(|name| tensors.entries.contains_key(*name));
         let mem_len = mem_len.map_or(Ok(0), |name| tensors.sizes(name).map(|[_, _, mem_len, _, _]| mem_len))?;
         let dtype = match tensors.entries["q"].dtype.as_str() {

@@ -6,11 +6,11 @@ use crate::distribution::Distribution;
 use crate::rng::Rng;
 use fam_core::{Dtype, InfiniRule, Op, Shape, Span, Window};
 
-/// Numbers at, before and after the edges of tiles of 16, 32 and 64, and primes between.
-const LENGTHS: [u32; 18] = [0, 1, 2, 3, 5, 7, 13, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 97];
-const TOKEN_WINDOWS: [usize; 13] = [1, 2, 3, 7, 13, 15, 16, 17, 31, 32, 33, 61, 65];
+/// Numbers at, before and after the edges of tiles of 16, 32, 64 and 128, and primes between.
+const LENGTHS: [u32; 21] = [0, 1, 2, 3, 5, 7, 13, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 97, 127, 128, 129];
+const TOKEN_WINDOWS: [usize; 15] = [1, 2, 3, 7, 13, 15, 16, 17, 31, 32, 33, 61, 65, 127, 129];
 const BLOCK_WINDOWS: [usize; 12] = [0, 0, 1, 1, 1, 2, 2, 3, 5, 15, 16, 17];
-const BLOCK_LENS: [usize; 13] = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 64];
+const BLOCK_LENS: [usize; 18] = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 97, 127, 128, 129];
 const HEAD_DIMS: [usize; 14] = [1, 2, 7, 8, 16, 31, 59, 64, 80, 96, 111, 128, 192, 256];
 const MEM_LENS: [usize; 6] = [0, 1, 2, 7, 16, 64];
 const HEADS: [(usize, usize); 5] = [(1, 1), (4, 1), (8, 2), (6, 3), (9, 3)];
@@ -38,9 +38,9 @@ pub(crate) fn case(seed: u64) -> Case {
     let distribution = rng.pick(&Distribution::of(op));
     // Mostly small, so that many shapes are seen; one in sixty large.
     let mut limit = match rng.below(60) {
-        0 => 4e6,
-        1..20 => 4e5,
-        _ => 1e5,
+        0 => 1e7,
+        1..20 => 1e6,
+        _ => 2.5e5,
     };
     let is_dense = op == Op::Attend && rng.chance(9, 20);
     loop {

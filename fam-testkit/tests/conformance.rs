@@ -4,7 +4,7 @@ mod common;
 
 use common::CpuHarness;
 use fam_core::Op;
-use fam_testkit::{Budget, Event, Filter, Level, Outcome, Report, SuiteOptions, run_suite};
+use fam_testkit::{Budget, Event, Filter, Level, Outcome, Report, SuiteOptions, invalid_calls, run_suite};
 
 /// `FAM_CASES` sets how many cases the long suite runs.
 fn cases(default: u64) -> u64 {
@@ -46,5 +46,16 @@ fn threads_change_nothing() {
         let pool = suite(&CpuHarness::pool(threads), &options);
         assert!(pool.is_ok(), "{threads} threads:\n{pool}");
         assert_eq!(pool.digest, serial.digest, "{threads} threads give other bits");
+    }
+}
+
+#[test]
+fn invalid_calls_are_refused() {
+    for h in [CpuHarness::serial(), CpuHarness::pool(2)] {
+        let outcomes = invalid_calls(&h);
+        assert!(outcomes.len() > 30);
+        for (name, outcome) in outcomes {
+            assert!(matches!(outcome, Outcome::Passed(_)), "{name}: {outcome:?}");
+        }
     }
 }

@@ -1,0 +1,82 @@
+//! What surrounds the loops: rows in memory, and for tests and `Streams` the memory itself.
+
+use crate::Loops;
+use fam::*;
+use std::ops::Range;
+
+/// What was asked for, and what was answered.
+pub struct LoopsPlan(pub Spec, pub Support);
+
+impl Plan for LoopsPlan {
+    fn spec(&self) -> &Spec {
+        &self.0
+    }
+    fn support(&self) -> &Support {
+        &self.1
+    }
+}
+
+/// A call's spans; those that lie in memory were not checked by anyone yet.
+pub fn spans(spans: &Spans<'_, [u8]>, spec: &Spec) -> Vec<Span> {
+    match *spans {
+        Spans::Host(spans) => spans.to_vec(),
+        Spans::Device { mem, batch } => {
+            let spans = mem.chunks_exact(size_of::<Span>()).take(batch);
+            spans.map(|bytes| bytemuck::pod_read_unaligned::<Span>(bytes).clamped(spec)).collect()
+        }
+    }
+}
+
+/// All of `0..a` × `0..b` × `0..c`.
+pub fn indices([a, b, c]: [usize; 3]) -> impl Iterator<Item = (usize, usize, usize)> {
+    (0..a * b * c).map(move |i| (i / (b * c), i / c % b, i % c))
+}
+
+/// A row of `view`.
+pub fn load(view: &View<'_, [u8]>, at: [usize; 4]) -> Vec<f32> {
+    let row = &view.mem[4 * view.layout.at(at)..][..4 * view.layout.shape[4]];
+    row.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect()
+}
+
+/// Writes a row of `view`.
+pub fn store(view: &mut ViewMut<'_, [u8]>, at: [usize; 4], row: &[f32]) {
+    view.mem[4 * view.layout.at(at)..][..4 * row.len()].copy_from_slice(bytemuck::cast_slice(row));
+}
+
+impl Device for Loops {
+    type Owned = Vec<u8>;
+
+    fn alloc(&self, bytes: u64) -> Result<Vec<u8>> {
+        Ok(vec![0; bytes as usize])
+    }
+    fn upload(&self, mem: &mut [u8], offset: u64, bytes: &[u8]) -> Result<()> {
+        mem[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+    fn download(&self, mem: &[u8], offset: u64, bytes: &mut [u8]) -> Result<()> {
+        bytes.copy_from_slice(&mem[offset as usize..][..bytes.len()]);
+        Ok(())
+    }
+    fn synchronize(&self, _: &mut ()) -> Result<()> {
+        Ok(())
+    }
+    fn clear(&self, _: &mut (), mem: &mut [u8], at: Range<u64>) -> Result<()> {
+        mem[at.start as usize..at.end as usize].fill(0);
+        Ok(())
+    }
+    fn copy_within(&self, _: &mut (), mem: &mut [u8], from: Range<u64>, to: u64) -> Result<()> {
+        mem.copy_within(from.start as usize..from.end as usize, to as usize);
+        Ok(())
+    }
+    fn read_ring(
+        &self,
+        plan: &LoopsPlan,
+        _: &mut (),
+        _: Spans<'_, [u8]>,
+        _: &[u8],
+        _: ViewMut<'_, [u8]>,
+        _: ViewMut<'_, [u8]>,
+    ) -> Result<()> {
+        Err(Error::no_kernel(Op::Append, plan.0.shape().dtype(), self.name()))
+    }
+}

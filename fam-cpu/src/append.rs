@@ -1,0 +1,156 @@
+//! New keys and values enter the cached tensors, and leave the ring again for a snapshot (contract section 2, "The key ring").
+//!
+//! A task is one stream and one kv head. Rows are copied as they are: kv_dtype is the shape's dtype.
+
+use crate::CpuPlan;
+use crate::memory::{Cache, Input, check_aligned, ring_layout};
+use crate::pack::Convert;
+use crate::parallel::output::{Output, Owner};
+use crate::parallel::{Grid, Par, run, run_once};
+use crate::span::SpanSource;
+use fam_core::{
+    Append, AppendMem, AppendRows, Attend, Dtype, Error, Keys, Plan, Result, Spans, Spec, Support, ViewMut, bf16, f16,
+};
+
+/// [`fam_core::Backend::append`].
+pub(crate) fn append(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
+    args.validate(plan, scratch)?;
+    match plan.spec().shape().dtype() {
+        Dtype::F32 => typed::<f32>(plan, par, args, scratch),
+        Dtype::F16 => typed::<f16>(plan, par, args, scratch),
+        Dtype::Bf16 => typed::<bf16>(plan, par, args, scratch),
+        other => unreachable!("refused when the plan was made: {other}"),
+    }
+}
+
+fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
+    let spec = plan.spec();
+    let (block_len, ring_rows) = (spec.shape().block_len(), spec.ring_rows() as u64);
+    let spans = SpanSource::new(args.spans, spec, None, args.mem_rows.is_some());
+    let rows = match args.rows {
+        Some(AppendRows { k, v, ring }) => {
+            let ring = Output::new("ring", ViewMut::new(ring, ring_layout(spec)), Owner::Slot)?;
+            Some((Input::<T>::new("k", &k)?, Input::<T>::new("v", &v)?, ring))
+        }
+        None => None,
+    };
+    let mem_rows = match args.mem_rows {
+        Some(AppendMem { k, v, to_k, to_v }) => {
+            let (to_k, to_v) = (Output::new("to_k", to_k, Owner::Slot)?, Output::new("to_v", to_v, Owner::Slot)?);
+            Some((Input::<T>::new("mem_k", &k)?, Input::<T>::new("mem_v", &v)?, to_k, to_v))
+        }
+        None => None,
+    };
+    let groups = spec.shape().kv_heads();
+    let grid = Grid { streams: spans.batch(), groups, tiles: 1, spans: Some(spans), writes_slots: true };
+    run(par, &grid, scratch, 0, &|task, _| {
+        if !task.owns_slot() {
+            return;
+        }
+        let (n, head, span) = (task.n(), task.group(), task.span());
+        let slot = span.slot as usize;
+        if let Some((k, v, ring)) = &rows {
+            for row in 0..span.len as usize {
+                let to = ((span.start - span.origin + row as u64) % ring_rows) as usize;
+                ring.row(task, [slot, 0, to, head]).copy_from_slice(k.row([n, 0, row, head]));
+                ring.row(task, [slot, 1, to, head]).copy_from_slice(v.row([n, 0, row, head]));
+            }
+        }
+        if let Some((k, v, to_k, to_v)) = &mem_rows {
+            for i in 0..span.blocks(block_len).max(1) {
+                let entry = |to: &Output<'_>| ((u64::from(span.mem_entry) + i as u64) % to.layout().shape[1] as u64) as usize;
+                for f in 0..span.mem_rows as usize {
+                    to_k.row(task, [slot, entry(to_k), f, head]).copy_from_slice(k.row([n, i, f, head]));
+                    to_v.row(task, [slot, entry(to_v), f, head]).copy_from_slice(v.row([n, i, f, head]));
+                }
+            }
+        }
+    })
+}
+
+/// [`fam_core::Device::read_ring`]: on one thread, since snapshots are rare.
+pub(crate) fn read_ring(
+    plan: &CpuPlan,
+    par: &Par<'_>,
+    spans: Spans<'_, [u8]>,
+    ring: &[u8],
+    k: ViewMut<'_, [u8]>,
+    v: ViewMut<'_, [u8]>,
+) -> Result<()> {
+    let (spec, keys) = (plan.spec(), Keys::Ring(ring));
+    // Spans and ring, checked as `attend` checks them.
+    let checked = RingOnly { spec, support: Support::new(Vec::new()).ring_bytes(plan.support().ring_bytes) };
+    Attend::new(spans, keys).validate(&checked, &[])?;
+    let spans = SpanSource::new(spans, spec, Some(&keys), false);
+    for (field, view) in [("k", &k), ("v", &v)] {
+        check_output(field, view, plan, [spans.batch(), 1, spans.max_rows()])?;
+    }
+    match spec.shape().kv_dtype() {
+        Dtype::F32 => read_typed::<f32>(plan, par, spans, &keys, k, v),
+        Dtype::F16 => read_typed::<f16>(plan, par, spans, &keys, k, v),
+        Dtype::Bf16 => read_typed::<bf16>(plan, par, spans, &keys, k, v),
+        other => unreachable!("refused when the plan was made: {other}"),
+    }
+}
+
+/// A plan without scratch memory.
+struct RingOnly<'a> {
+    spec: &'a Spec,
+    support: Support,
+}
+
+impl Plan for RingOnly<'_> {
+    fn spec(&self) -> &Spec {
+        self.spec
+    }
+    fn support(&self) -> &Support {
+        &self.support
+    }
+}
+
+fn read_typed<T: Convert>(
+    plan: &CpuPlan,
+    par: &Par<'_>,
+    spans: SpanSource<'_>,
+    keys: &Keys<'_, [u8]>,
+    k: ViewMut<'_, [u8]>,
+    v: ViewMut<'_, [u8]>,
+) -> Result<()> {
+    let cache = Cache::<T>::tokens(keys, plan.spec())?;
+    run_once(par, || {
+        for (n, span) in (0..spans.batch()).map(|n| (n, spans.get(n))) {
+            for head in 0..plan.spec().shape().kv_heads() {
+                let (from_k, from_v) = cache.rows([span.slot as usize, 0, head]);
+                for row in 0..span.len as usize {
+                    let index = span.start - span.origin + row as u64;
+                    copy(from_k.get(index), &mut *k.mem, k.layout.at([n, 0, row, head]));
+                    copy(from_v.get(index), &mut *v.mem, v.layout.at([n, 0, row, head]));
+                }
+            }
+        }
+    })
+}
+
+/// Copies a row to element `first` of `to`.
+fn copy<T: Convert>(from: &[T], to: &mut [u8], first: usize) {
+    let bytes: &[u8] = bytemuck::cast_slice(from);
+    to[first * size_of::<T>()..][..bytes.len()].copy_from_slice(bytes);
+}
+
+/// The checks of an output of keys or values, which no argument struct makes.
+fn check_output(field: &'static str, view: &ViewMut<'_, [u8]>, plan: &CpuPlan, at_least: [usize; 3]) -> Result<()> {
+    let (layout, shape) = (&view.layout, plan.spec().shape());
+    if layout.dtype != shape.kv_dtype() {
+        return Err(Error::invalid(field, layout.dtype, format!("dtype {}", shape.kv_dtype())));
+    }
+    let [batch, blocks, rows, heads, d] = layout.shape;
+    let enough = [batch, blocks, rows].iter().zip(at_least).all(|(&have, need)| have >= need);
+    if !enough || [heads, d] != [shape.kv_heads(), shape.head_dim()] {
+        let rule = format!("at least {at_least:?}, then [{}, {}]", shape.kv_heads(), shape.head_dim());
+        return Err(Error::invalid(field, format!("{:?}", layout.shape), rule));
+    }
+    match layout.end_bytes() {
+        Some(end) if end <= view.mem.len() as u64 => check_aligned(field, view.mem, layout.dtype),
+        end => Err(Error::invalid(field, format!("{} bytes", view.mem.len()), format!("at least {end:?} bytes"))),
+    }
+}

@@ -1,0 +1,70 @@
+//! Owning memory and moving bytes: [`fam_core::Device`].
+
+use crate::parallel::run_once;
+use crate::{Bytes, Cpu, CpuPlan, Par, append};
+use fam_core::{Device, Error, Result, Spans, ViewMut};
+use std::ops::Range;
+
+impl Device for Cpu {
+    type Owned = Bytes;
+
+    fn alloc(&self, bytes: u64) -> Result<Bytes> {
+        Bytes::zeroed(bytes)
+    }
+
+    fn upload(&self, mem: &mut [u8], offset: u64, bytes: &[u8]) -> Result<()> {
+        let at = within("upload", offset..offset.saturating_add(bytes.len() as u64), mem.len())?;
+        mem[at].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn download(&self, mem: &[u8], offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let at = within("download", offset..offset.saturating_add(bytes.len() as u64), mem.len())?;
+        bytes.copy_from_slice(&mem[at]);
+        Ok(())
+    }
+
+    /// Nothing to wait for: operations are done when they return.
+    fn synchronize(&self, _queue: &mut Par<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn clear(&self, queue: &mut Par<'_>, mem: &mut [u8], at: Range<u64>) -> Result<()> {
+        let at = within("clear", at, mem.len())?;
+        run_once(queue, || mem[at].fill(0))
+    }
+
+    fn copy_within(&self, queue: &mut Par<'_>, mem: &mut [u8], from: Range<u64>, to: u64) -> Result<()> {
+        let len = from.end.saturating_sub(from.start);
+        let from = within("copy_within.from", from, mem.len())?;
+        let to = within("copy_within.to", to..to.saturating_add(len), mem.len())?;
+        if from.start < to.end && to.start < from.end {
+            return Err(Error::invalid("copy_within.to", format!("{to:?}"), format!("no overlap with from = {from:?}")));
+        }
+        run_once(queue, || mem.copy_within(from, to.start))
+    }
+
+    fn read_ring(
+        &self,
+        plan: &CpuPlan,
+        queue: &mut Par<'_>,
+        spans: Spans<'_, [u8]>,
+        ring: &[u8],
+        k: ViewMut<'_, [u8]>,
+        v: ViewMut<'_, [u8]>,
+    ) -> Result<()> {
+        append::read_ring(plan, queue, spans, ring, k, v)
+    }
+}
+
+/// A range of bytes in memory of `len` bytes.
+fn within(field: &'static str, range: Range<u64>, len: usize) -> Result<Range<usize>> {
+    if range.start > range.end || range.end > len as u64 {
+        return Err(Error::invalid(
+            field,
+            format!("bytes {}..{}", range.start, range.end),
+            format!("an ascending range in {len} bytes"),
+        ));
+    }
+    Ok(range.start as usize..range.end as usize)
+}

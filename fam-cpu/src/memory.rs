@@ -1,0 +1,185 @@
+//! Memory of the CPU: bytes, read as elements where their address allows it.
+
+use bytemuck::Pod;
+use fam_core::{Dtype, Element, Error, Keys, Layout, Result, Spec, View, mutate};
+use std::borrow::{Borrow, BorrowMut};
+
+/// Refuses memory whose elements would not be aligned for their type. Offsets count elements, so the first byte decides.
+pub(crate) fn check_aligned(field: &'static str, mem: &[u8], dtype: Dtype) -> Result<()> {
+    let past = mem.as_ptr().addr() % dtype.bytes();
+    if past != 0 && !mem.is_empty() {
+        let value = format!("an address {past} bytes past a multiple of {}", dtype.bytes());
+        return Err(Error::invalid(field, value, format!("aligned for {dtype}")));
+    }
+    Ok(())
+}
+
+/// The whole elements of aligned bytes.
+fn elements<T: Pod>(mem: &[u8]) -> &[T] {
+    let whole = mem.len() / size_of::<T>() * size_of::<T>();
+    bytemuck::try_cast_slice(&mem[..whole]).unwrap_or_default()
+}
+
+/// An input tensor: its elements and where they lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Input<'a, T> {
+    data: &'a [T],
+    layout: Layout,
+}
+
+impl<'a, T: Element> Input<'a, T> {
+    /// A validated view as elements.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where elements are not aligned for their type.
+    pub fn new(field: &'static str, view: &View<'a, [u8]>) -> Result<Self> {
+        debug_assert!(view.layout.dtype == T::DTYPE);
+        check_aligned(field, view.mem, T::DTYPE)?;
+        Ok(Input { data: elements(view.mem), layout: view.layout })
+    }
+
+    /// Sizes and strides.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The row `[batch, blocks, rows, heads]`.
+    #[inline(always)]
+    pub fn row(&self, at: [usize; 4]) -> &'a [T] {
+        let first = self.layout.at(at);
+        &self.data[first..first + self.layout.shape[4]]
+    }
+
+    /// The rows of `[batch, blocks, .., heads]`; numbers of rows wrap at `wrap`.
+    fn rows(&self, [batch, block, head]: [usize; 3], wrap: u64) -> Rows<'a, T> {
+        let [first, stride, len] = match self.layout.shape[2] {
+            // A cache of no rows, of which none is read.
+            0 => [0; 3],
+            _ => [self.layout.at([batch, block, 0, head]), self.layout.stride[2], self.layout.shape[4]],
+        };
+        Rows { data: self.data, first, stride, len, wrap }
+    }
+}
+
+/// One head's rows of keys or values, in a cache that may wrap.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows<'a, T> {
+    data: &'a [T],
+    first: usize,
+    stride: usize,
+    len: usize,
+    wrap: u64,
+}
+
+impl<'a, T> Rows<'a, T> {
+    /// Row number `index`, reduced modulo the size of a ring.
+    #[inline(always)]
+    pub fn get(&self, index: u64) -> &'a [T] {
+        let row = mutate!("attend-ring-wrap", index % self.wrap, index.min(self.wrap - 1));
+        let first = self.first + row as usize * self.stride;
+        &self.data[first..first + self.len]
+    }
+}
+
+/// Keys and values of one kind: of tokens in a ring or a linear cache, or of memory rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cache<'a, T> {
+    k: Input<'a, T>,
+    v: Input<'a, T>,
+    /// Rows of a ring; beyond every row number otherwise.
+    wrap: u64,
+}
+
+impl<'a, T: Element> Cache<'a, T> {
+    /// Keys and values of tokens: row number is position − origin.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where elements are not aligned for their type.
+    pub fn tokens(keys: &Keys<'a, [u8]>, spec: &Spec) -> Result<Self> {
+        match *keys {
+            Keys::Strided { k, v } => Ok(Cache { k: Input::new("k", &k)?, v: Input::new("v", &v)?, wrap: u64::MAX }),
+            Keys::Ring(ring) => {
+                let mut layout = ring_layout(spec);
+                layout.shape[1] = 1;
+                let half = |offset| Input::new("ring", &View::new(ring, layout.with_offset(offset)));
+                Ok(Cache { k: half(0)?, v: half(layout.stride[1])?, wrap: spec.ring_rows() as u64 })
+            }
+            _ => Err(Error::unsupported("keys", "a new kind", "linear caches and the key ring")),
+        }
+    }
+
+    /// Keys and values of memory rows: row number is f.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where elements are not aligned for their type.
+    pub fn memory(k: &View<'a, [u8]>, v: &View<'a, [u8]>) -> Result<Self> {
+        Ok(Cache { k: Input::new("mem_k", k)?, v: Input::new("mem_v", v)?, wrap: u64::MAX })
+    }
+
+    /// Entries of memory rows, at least 1 where a span has any.
+    pub fn entries(&self) -> usize {
+        self.k.layout.shape[1]
+    }
+
+    /// Whether row numbers wrap.
+    #[cfg(fam_mutants)]
+    pub fn is_ring(&self) -> bool {
+        self.wrap != u64::MAX
+    }
+
+    /// Memory rows in an entry.
+    #[cfg(fam_mutants)]
+    pub fn rows_per_entry(&self) -> usize {
+        self.k.layout.shape[2].min(self.v.layout.shape[2])
+    }
+
+    /// Keys and values of `[slot, entry, head]`.
+    pub fn rows(&self, at: [usize; 3]) -> (Rows<'a, T>, Rows<'a, T>) {
+        (self.k.rows(at, self.wrap), self.v.rows(at, self.wrap))
+    }
+}
+
+/// Where keys and values lie in the key ring, as one tensor `[slots, K or V, C, Hkv, D]` of kv_dtype.
+///
+/// A slot is contiguous, in it keys before values, and each head's rows together: a tile of one head's keys is one run of memory.
+pub(crate) fn ring_layout(spec: &Spec) -> Layout {
+    let shape = spec.shape();
+    let (kv_heads, d, rows) = (shape.kv_heads(), shape.head_dim(), spec.ring_rows());
+    let head = rows * d;
+    let half = head * kv_heads;
+    Layout::packed(shape.kv_dtype(), [spec.slots(), 2, rows, kv_heads, d]).with_stride([2 * half, half, d, head])
+}
+
+/// Memory that this crate owns: zeros at first, aligned to a cache line.
+#[derive(Debug)]
+pub struct Bytes {
+    data: Vec<u8>,
+    first: usize,
+    len: usize,
+}
+
+impl Bytes {
+    pub(crate) fn zeroed(bytes: u64) -> Result<Self> {
+        let out_of_memory = || Error::OutOfMemory { requested: bytes };
+        let len = usize::try_from(bytes).map_err(|_| out_of_memory())?;
+        let all = len.checked_add(crate::parallel::ALIGN).ok_or_else(out_of_memory)?;
+        let mut data = Vec::new();
+        data.try_reserve_exact(all).map_err(|_| out_of_memory())?;
+        data.resize(all, 0);
+        // The vector never grows, so its first byte stays where it is.
+        let first = data.as_ptr().align_offset(crate::parallel::ALIGN);
+        Ok(Bytes { data, first, len })
+    }
+}
+
+impl Borrow<[u8]> for Bytes {
+    fn borrow(&self) -> &[u8] {
+        &self.data[self.first..self.first + self.len]
+    }
+}
+
+impl BorrowMut<[u8]> for Bytes {
+    fn borrow_mut(&mut self) -> &mut [u8] {
+        &mut self.data[self.first..self.first + self.len]
+    }
+}

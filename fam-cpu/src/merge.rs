@@ -1,0 +1,87 @@
+//! Attention over two disjoint key sets becomes attention over their union (contract section 4).
+//!
+//! ```text
+//! w_x = exp(lse_x − max)        o = (w_a·o_a + w_b·o_b) / (w_a + w_b)        lse = max + ln(w_a + w_b)
+//! ```
+
+use crate::CpuPlan;
+use crate::memory::Input;
+use crate::pack::Convert;
+use crate::parallel::output::{Output, Owner};
+use crate::parallel::{Grid, Par, run};
+use crate::softmax::Softmax;
+use crate::tile::MAX_HEAD_DIM;
+use crate::vector::scalar::Scalar;
+use fam_core::{Dtype, Merge, Partial, Result, bf16, f16, mutate};
+
+/// Rows of one entry and head in a task: some tens of KiB, enough to make up for drawing its number.
+const ROWS: usize = 64;
+
+/// [`fam_core::Backend::merge`].
+pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
+    args.validate(plan, scratch)?;
+    let [batch, blocks, rows, heads, d] = args.o.layout.shape;
+    let tiles = rows.div_ceil(ROWS);
+    let owner = Owner::Tile { heads: 1, rows: ROWS, tiles, first: 0 };
+    let parts = [Part::new(["o_a", "lse_a"], &args.a)?, Part::new(["o_b", "lse_b"], &args.b)?];
+    let o = Output::new("o", args.o, owner)?;
+    let lse = args.lse.map(|lse| Output::new("lse", lse, owner)).transpose()?;
+    let grid = Grid { streams: batch, groups: heads, tiles: blocks * tiles, spans: None, writes_slots: false };
+    run(par, &grid, scratch, 0, &|task, _| {
+        let (block, first) = (task.tile() / tiles, task.tile() % tiles * ROWS);
+        for row in first..(first + ROWS).min(rows) {
+            let at = [task.n(), block, row, task.group()];
+            let [a, b] = [0, 1].map(|i| Softmax::one(parts[i].lse.row(at)[0]));
+            let (union, [weight_a, weight_b]) = a.merge(b);
+            let weights = mutate!("merge-swapped", [weight_a, weight_b], [weight_b, weight_a]);
+            let (mut sum, mut of_part) = ([0.0; MAX_HEAD_DIM], [0.0; MAX_HEAD_DIM]);
+            for (part, weight) in parts.iter().zip(weights) {
+                // A part of weight 0 may hold NaN.
+                if weight != 0.0 {
+                    part.o.widen(at, &mut of_part[..d]);
+                    sum.iter_mut().zip(&of_part[..d]).for_each(|(sum, o)| *sum += weight * o);
+                }
+            }
+            union.normalise::<Scalar>(&mut sum);
+            o.write(task, at, &sum[..d]);
+            if let Some(lse) = &lse {
+                lse.write(task, at, &[mutate!("merge-lse", union.lse(), union.row_max)]);
+            }
+        }
+    })
+}
+
+/// One part as kernels read it.
+struct Part<'a> {
+    o: Rows<'a>,
+    lse: Input<'a, f32>,
+}
+
+/// Output of an attention: f32, or the shape's dtype.
+enum Rows<'a> {
+    F32(Input<'a, f32>),
+    F16(Input<'a, f16>),
+    Bf16(Input<'a, bf16>),
+}
+
+impl<'a> Part<'a> {
+    fn new([o, lse]: [&'static str; 2], part: &Partial<'a, [u8]>) -> Result<Self> {
+        let o = match part.o.layout.dtype {
+            Dtype::F32 => Rows::F32(Input::new(o, &part.o)?),
+            Dtype::F16 => Rows::F16(Input::new(o, &part.o)?),
+            Dtype::Bf16 => Rows::Bf16(Input::new(o, &part.o)?),
+            other => unreachable!("refused when the plan was made: {other}"),
+        };
+        Ok(Part { o, lse: Input::new(lse, &part.lse)? })
+    }
+}
+
+impl Rows<'_> {
+    fn widen(&self, at: [usize; 4], to: &mut [f32]) {
+        match self {
+            Rows::F32(o) => f32::widen(o.row(at), to),
+            Rows::F16(o) => f16::widen(o.row(at), to),
+            Rows::Bf16(o) => bf16::widen(o.row(at), to),
+        }
+    }
+}

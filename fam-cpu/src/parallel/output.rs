@@ -1,0 +1,93 @@
+//! Tensors that several tasks write at once, each its own rows.
+
+use super::Task;
+use crate::pack::Convert;
+use fam_core::{Dtype, Element, Layout, Result, ViewMut, bf16, f16};
+use std::marker::PhantomData;
+
+/// Which rows `[batch, blocks, rows, heads]` of an output belong to which task.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Owner {
+    /// A call tensor, indexed by stream: heads of the task's group, and rows of its tile.
+    Tile {
+        /// Heads in a group.
+        heads: usize,
+        /// Rows in a tile.
+        rows: usize,
+        /// Tiles of one entry of the axis `blocks`; those of entry b are `first + b·tiles ..`.
+        tiles: usize,
+        /// Number of the first tile.
+        first: usize,
+    },
+    /// A cached tensor, indexed by slot: all blocks and rows of the stream's slot, in the task's kv head.
+    Slot,
+}
+
+impl Owner {
+    fn owns(&self, task: &Task, [batch, block, row, head]: [usize; 4]) -> bool {
+        match *self {
+            Owner::Tile { heads, rows, tiles, first } => {
+                let tile = row / rows;
+                batch == task.n && head / heads == task.group && tile < tiles && first + block * tiles + tile == task.tile
+            }
+            Owner::Slot => task.slot == Some(batch) && head == task.group && task.tiles == 1,
+        }
+    }
+}
+
+/// An output, shared by the tasks of one op.
+pub(crate) struct Output<'a> {
+    first: *mut u8,
+    bytes: usize,
+    layout: Layout,
+    owner: Owner,
+    _borrow: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: rows are reached only through `row`, which hands each to the one task that owns it.
+unsafe impl Sync for Output<'_> {}
+
+impl<'a> Output<'a> {
+    /// Takes the borrow of `view`, whose elements are distinct: the op has validated its arguments.
+    ///
+    /// # Errors
+    /// [`fam_core::Error::Invalid`] where elements are not aligned for their type.
+    pub fn new(field: &'static str, view: ViewMut<'a, [u8]>, owner: Owner) -> Result<Self> {
+        crate::memory::check_aligned(field, view.mem, view.layout.dtype)?;
+        let ViewMut { mem, layout } = view;
+        Ok(Output { first: mem.as_mut_ptr(), bytes: mem.len(), layout, owner, _borrow: PhantomData })
+    }
+
+    /// Sizes and strides.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The row `[batch, blocks, rows, heads]`, which must be the task's own. Exclusively borrowed with the task, so there is one row at a
+    /// time.
+    pub fn row<'t, T: Element>(&'t self, task: &'t mut Task, at: [usize; 4]) -> &'t mut [T] {
+        assert!(self.owner.owns(task, at), "row {at:?} is another task's");
+        assert!(T::DTYPE == self.layout.dtype);
+        let (first, len) = (self.layout.at(at) * size_of::<T>(), self.layout.shape[4]);
+        assert!(first + len * size_of::<T>() <= self.bytes);
+        // SAFETY: the row lies in the borrowed bytes, aligned (`new`), and any bytes are a T. A row has one owner, tasks exist once, and
+        // the layout's elements are distinct, so no other thread touches it; this thread holds no other row, since it needs the task.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(first).cast::<T>(), len) }
+    }
+
+    /// Writes a row of f32, rounded once to the output's type.
+    pub fn write(&self, task: &mut Task, at: [usize; 4], values: &[f32]) {
+        match self.layout.dtype {
+            Dtype::F32 => f32::narrow(values, self.row(task, at)),
+            Dtype::F16 => f16::narrow(values, self.row(task, at)),
+            Dtype::Bf16 => bf16::narrow(values, self.row(task, at)),
+            other => unreachable!("refused when the plan was made: {other}"),
+        }
+    }
+}
+
+impl std::fmt::Debug for Output<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Output").field("layout", &self.layout).field("owner", &self.owner).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,66 @@
+//! Every tuning number, in one place.
+
+use crate::pack::padded;
+use fam_core::{Op, Shape, Spec};
+
+/// Keys in a tile. Fixed, since the bits of a result depend on where tiles are cut: those of one row must not change with anything else.
+///
+/// At D = 64 a tile of keys and one of values are 16 KiB each and stay in L1 while all rows of a row tile pass over them; at D = 256 they
+/// stay in L2. 32 rescales twice as often, 128 leaves L1 at D = 64; a tile's chain of sums is as long as the tile, and its rounding
+/// errors with it.
+pub(crate) const BLOCK_N: usize = 64;
+
+/// Rows (tokens times query heads of a group) that share packed keys. At 64 packing a key costs 1/256 of a row tile's arithmetic on it
+/// and rows and sums (at D = 64 16 KiB each) stay in L2; 32 packs twice as often, 128 leaves too few tasks for many threads at B = 256.
+const BLOCK_M: usize = 64;
+
+/// The largest head_dim: beyond it tiles leave L2, and a wider tile choice would be needed.
+pub(crate) const MAX_HEAD_DIM: usize = 256;
+
+/// Most rows that any level holds in registers at once.
+pub(crate) const MAX_MR: usize = 16;
+
+/// How an op is cut into tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tile {
+    /// Tokens, or memory rows, in a row tile.
+    pub tokens: usize,
+    /// Rows in a row tile: tokens times the query heads of a group.
+    pub rows: usize,
+    /// D padded.
+    pub dp: usize,
+}
+
+impl Tile {
+    /// The tiles of a shape. A group of more than `BLOCK_M` heads is not cut: its rows share keys best.
+    pub fn of(shape: &Shape) -> Self {
+        let tokens = (BLOCK_M / shape.group()).max(1);
+        Tile { tokens, rows: tokens * shape.group(), dp: padded(shape.head_dim()) }
+    }
+}
+
+/// Elements of scratch memory that one worker needs for any op of the plan.
+pub(crate) fn worker_share(spec: &Spec) -> usize {
+    let tile = Tile::of(spec.shape());
+    let sizes = spec.ops().iter().map(|op| match op {
+        Op::Attend => crate::attend::scratch(spec.shape(), tile).iter().map(|&n| rounded(n)).sum(),
+        Op::InfiniRead => crate::infini_read::scratch(tile).iter().map(|&n| rounded(n)).sum(),
+        Op::InfiniWrite => crate::infini_write::scratch(tile).iter().map(|&n| rounded(n)).sum(),
+        _ => 0,
+    });
+    sizes.max().unwrap_or(0)
+}
+
+/// A buffer's size rounded up to whole cache lines.
+fn rounded(elements: usize) -> usize {
+    elements.next_multiple_of(16)
+}
+
+/// Cuts a worker's scratch memory into buffers of `sizes`, each aligned to a cache line.
+pub(crate) fn carve<const N: usize>(mut scratch: &mut [f32], sizes: [usize; N]) -> [&mut [f32]; N] {
+    sizes.map(|size| {
+        let (buffer, rest) = std::mem::take(&mut scratch).split_at_mut(rounded(size));
+        scratch = rest;
+        &mut buffer[..size]
+    })
+}

@@ -1,0 +1,94 @@
+//! `attend` and `append` against a naive f64 attention, and against themselves: the same stream cut and run in other ways has the same bits.
+
+mod common;
+
+use common::{Stream, shape};
+use fam_core::{Dtype, Element, Window};
+use fam_cpu::{Cpu, Par};
+
+/// (heads, head_dim, block_len, window, mem_len, tokens, origin).
+type Case = ([usize; 2], usize, usize, Window, usize, usize, u64);
+
+const CASES: [Case; 14] = [
+    ([1, 1], 1, 1, Window::Blocks(0), 0, 1, 0),
+    ([1, 1], 8, 4, Window::Blocks(1), 2, 11, 0),
+    ([2, 1], 64, 64, Window::Blocks(1), 7, 150, 0),
+    ([4, 2], 16, 65, Window::Blocks(2), 16, 300, 0),
+    ([6, 3], 31, 7, Window::Blocks(3), 1, 50, 3),
+    ([8, 2], 80, 63, Window::Blocks(0), 0, 100, 1000),
+    ([3, 3], 7, 128, Window::Blocks(1), 70, 260, 130),
+    ([4, 1], 59, 100, Window::Blocks(1), 3, 230, 37),
+    ([1, 1], 128, 32, Window::Tokens(1), 4, 40, 0),
+    ([2, 2], 24, 32, Window::Tokens(33), 4, 140, 5),
+    ([2, 1], 256, 16, Window::Tokens(70), 2, 100, 0),
+    ([9, 3], 111, 5, Window::Blocks(20), 2, 130, 11),
+    ([130, 1], 2, 3, Window::Blocks(2), 2, 10, 0),
+    ([1, 1], 16, 300, Window::Blocks(1), 0, 700, 250),
+];
+
+fn cases<T: Element>() -> impl Iterator<Item = Stream<T>> {
+    CASES
+        .into_iter()
+        .map(|(heads, d, b, window, f, len, origin)| Stream::new(shape(heads, d, b, window, f, T::DTYPE), len, origin))
+}
+
+fn prefill_is_right<T: Element>() {
+    for mut stream in cases::<T>() {
+        stream.check(&stream.prefill(&Cpu::new().unwrap(), &mut Par::Serial));
+        stream.sink = Some(common::random(9, stream.shape.heads()));
+        stream.check(&stream.prefill(&Cpu::new().unwrap(), &mut Par::Serial));
+    }
+}
+
+#[test]
+fn prefill_is_within_the_bound() {
+    each_dtype!(prefill_is_right);
+}
+
+fn steps_are_prefill<T: Element>() {
+    let cpu = Cpu::new().unwrap();
+    for stream in cases::<T>() {
+        let bits = stream.prefill(&cpu, &mut Par::Serial).bits();
+        for len in [1, 3, usize::from(u16::MAX)] {
+            assert!(stream.stepwise(&cpu, &mut Par::Serial, len).bits() == bits, "{:?} in steps of {len}", stream.shape);
+        }
+    }
+}
+
+#[test]
+fn step_prefill_and_decode_have_the_same_bits() {
+    each_dtype!(steps_are_prefill);
+}
+
+#[test]
+fn a_row_with_one_visible_key_is_its_value() {
+    let stream = Stream::<f32>::new(shape([4, 2], 19, 1, Window::Blocks(0), 0, Dtype::F32), 5, 0);
+    let o = stream.prefill(&Cpu::new().unwrap(), &mut Par::Serial).o;
+    for (row, o) in o.chunks(19).enumerate() {
+        let kv_row = row / 4 * 2 + row % 4 / 2;
+        assert_eq!(o, &stream.v[kv_row * 19..][..19]);
+    }
+}
+
+/// NaN in one key and value reaches exactly the rows that see it.
+#[test]
+fn nan_reaches_the_rows_that_see_it() {
+    let cpu = Cpu::new().unwrap();
+    let mut stream = Stream::<f32>::new(shape([2, 1], 16, 70, Window::Blocks(1), 3, Dtype::F32), 350, 0);
+    let clean = stream.prefill(&cpu, &mut Par::Serial);
+    for at in [0, 75, 139, 140, 349] {
+        let (k, v) = (stream.k[at * 16], stream.v[at * 16 + 3]);
+        for (dirty_k, dirty_v) in [(f32::NAN, v), (k, f32::INFINITY), (f32::INFINITY, v)] {
+            (stream.k[at * 16], stream.v[at * 16 + 3]) = (dirty_k, dirty_v);
+            let dirty = stream.prefill(&cpu, &mut Par::Serial);
+            for (row, (dirty, clean)) in dirty.o.chunks(32).zip(clean.o.chunks(32)).enumerate() {
+                let sees = row >= at && row / 70 <= at / 70 + 1;
+                assert_eq!(sees, dirty != clean, "row {row}, key {at}");
+            }
+            for (row, (dirty, clean)) in dirty.mem_o.chunks(32).zip(clean.mem_o.chunks(32)).enumerate() {
+                assert_eq!(row / 3 == at / 70, dirty != clean, "memory row {row}, key {at}");
+            }
+        }
+        (stream.k[at * 16], stream.v[at * 16 + 3]) = (k, v);
+    }
+}

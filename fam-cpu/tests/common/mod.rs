@@ -1,0 +1,260 @@
+//! A stream of tokens, run through the ops in several ways, and a naive f64 attention beside.
+#![allow(dead_code)]
+
+use fam_core::{
+    Append, Attend, Backend, Dtype, Element, Keys, Layout, Op, Plan, Rows, Shape, Span, Spans, View, ViewMut, Window,
+};
+use fam_cpu::{Cpu, Par};
+
+/// Numbers in −1 .. 1 from a seed (SplitMix64).
+pub fn random<T: Element>(seed: u64, len: usize) -> Vec<T> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut next = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        T::from_f32(((z ^ (z >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0)
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// One stream of `len` tokens from `origin` on, with memory rows for each of its blocks.
+pub struct Stream<T> {
+    pub shape: Shape,
+    pub len: usize,
+    pub origin: u64,
+    pub slots: usize,
+    pub slot: u32,
+    pub q: Vec<T>,
+    pub k: Vec<T>,
+    pub v: Vec<T>,
+    pub mem_q: Vec<T>,
+    pub mem_k: Vec<T>,
+    pub mem_v: Vec<T>,
+    pub sink: Option<Vec<f32>>,
+}
+
+/// Outputs of a stream: `o`, `lse`, `mem_o`, `mem_lse`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outputs {
+    pub o: Vec<f32>,
+    pub lse: Vec<f32>,
+    pub mem_o: Vec<f32>,
+    pub mem_lse: Vec<f32>,
+}
+
+impl Outputs {
+    pub fn bits(&self) -> Vec<u32> {
+        [&self.o, &self.lse, &self.mem_o, &self.mem_lse].iter().flat_map(|x| x.iter().map(|x| x.to_bits())).collect()
+    }
+}
+
+impl<T: Element> Stream<T> {
+    pub fn new(shape: Shape, len: usize, origin: u64) -> Self {
+        let (h, kv, d, f) = (shape.heads(), shape.kv_heads(), shape.head_dim(), shape.mem_len());
+        let nb = Span::new(0, origin, len as u32).blocks(shape.block_len());
+        Stream {
+            shape,
+            len,
+            origin,
+            slots: 3,
+            slot: 2,
+            q: random(1, len * h * d),
+            k: random(2, len * kv * d),
+            v: random(3, len * kv * d),
+            mem_q: random(4, nb * f * h * d),
+            mem_k: random(5, nb * f * kv * d),
+            mem_v: random(6, nb * f * kv * d),
+            sink: None,
+        }
+    }
+
+    pub fn blocks(&self) -> usize {
+        self.span().blocks(self.shape.block_len())
+    }
+
+    pub fn span(&self) -> Span {
+        Span::new(self.slot, self.origin, self.len as u32).with_origin(self.origin).with_mem_rows(self.shape.mem_len() as u32)
+    }
+
+    /// All of the stream in one call over linear caches.
+    pub fn prefill(&self, cpu: &Cpu, par: &mut Par<'_>) -> Outputs {
+        self.calls(cpu, par, &[self.span()], false)
+    }
+
+    /// Calls of `len` tokens at most, cut at block boundaries, through the ring. Memory rows run in calls that complete their block.
+    pub fn stepwise(&self, cpu: &Cpu, par: &mut Par<'_>, len: usize) -> Outputs {
+        let (b, mut spans, mut at) = (self.shape.block_len() as u64, vec![], self.origin);
+        let end = self.origin + self.len as u64;
+        while at < end {
+            let next = (at + len as u64).min((at / b + 1) * b).min(end);
+            let mut span = self.span();
+            (span.start, span.len) = (at, (next - at) as u32);
+            span.mem_entry = (at / b - self.origin / b) as u32;
+            spans.push(span);
+            at = next;
+        }
+        self.calls(cpu, par, &spans, true)
+    }
+
+    fn calls(&self, cpu: &Cpu, par: &mut Par<'_>, spans: &[Span], ring: bool) -> Outputs {
+        let s = &self.shape;
+        let (h, kv, d, f, b) = (s.heads(), s.kv_heads(), s.head_dim(), s.mem_len(), s.block_len());
+        let most = |f: &dyn Fn(&Span) -> usize| spans.iter().map(f).max().unwrap();
+        let spec = s
+            .spec(1, most(&|s| s.len as usize))
+            .blocks(most(&|s| s.blocks(b)))
+            .slots(self.slots)
+            .out_dtype(Dtype::F32)
+            .ops(&[Op::Append, Op::Attend])
+            .build()
+            .unwrap();
+        let plan = cpu.plan(&spec).unwrap();
+        let mut scratch = vec![0xff; plan.support().scratch_bytes as usize];
+        let mut ring_bytes = aligned(plan.support().ring_bytes as usize);
+        let ring_mem: &mut [u8] = bytemuck::cast_slice_mut(&mut ring_bytes);
+        ring_mem.fill(0xff);
+
+        // Linear caches and memory rows for all slots, those of the other slots NaN.
+        let cached = |data: &[T], row: usize| {
+            let mut all = vec![T::from_f32(f32::NAN); self.slots * row];
+            all[self.slot as usize * row..][..row].copy_from_slice(data);
+            all
+        };
+        let (k, v) = (cached(&self.k, self.len * kv * d), cached(&self.v, self.len * kv * d));
+        let nb = self.blocks();
+        let (mem_k, mem_v) = (cached(&self.mem_k, nb * f * kv * d), cached(&self.mem_v, nb * f * kv * d));
+        let cache = |data, entries, rows| View::of::<T>(data, Layout::packed(T::DTYPE, [self.slots, entries, rows, kv, d]));
+
+        let mut out = Outputs {
+            o: vec![7.0; self.len * h * d],
+            lse: vec![7.0; self.len * h],
+            mem_o: vec![7.0; nb * f * h * d],
+            mem_lse: vec![7.0; nb * f * h],
+        };
+        for span in spans {
+            let (first, len) = ((span.start - self.origin) as usize, span.len as usize);
+            let (i, blocks) = ((span.start / b as u64 - self.origin / b as u64) as usize, span.blocks(b));
+            let one = [*span];
+            let spans = Spans::Host(&one);
+            if ring {
+                let new = |data: &'_ [T]| data[first * kv * d..][..len * kv * d].to_vec();
+                let (k, v) = (new(&self.k), new(&self.v));
+                let append =
+                    Append::new(spans).rows(View::tokens(&k, [1, len, kv, d]), View::tokens(&v, [1, len, kv, d]), ring_mem);
+                cpu.append(&plan, par, append, &mut scratch).unwrap();
+            }
+            let keys = match ring {
+                true => Keys::Ring(&*ring_mem),
+                false => Keys::Strided { k: cache(&k, 1, self.len), v: cache(&v, 1, self.len) },
+            };
+            let rows = Rows::new(
+                View::tokens(&self.q[first * h * d..], [1, len, h, d]),
+                ViewMut::tokens(&mut out.o[first * h * d..], [1, len, h, d]),
+            )
+            .lse(ViewMut::tokens(&mut out.lse[first * h..], [1, len, h, 1]));
+            let mut args = Attend::new(spans, keys).rows(rows).mem(cache(&mem_k, nb, f), cache(&mem_v, nb, f));
+            let completes = !ring || (span.end()).is_multiple_of(b as u64) || first + len == self.len;
+            if f > 0 && completes {
+                let shape = |last| [1, blocks, f, h, last];
+                let (from, from_lse) = (i * f * h * d, i * f * h);
+                args = args.mem_rows(
+                    Rows::new(
+                        View::of(&self.mem_q[from..], Layout::packed(T::DTYPE, shape(d))),
+                        ViewMut::of(&mut out.mem_o[from..], Layout::packed(Dtype::F32, shape(d))),
+                    )
+                    .lse(ViewMut::of(&mut out.mem_lse[from_lse..], Layout::packed(Dtype::F32, shape(1)))),
+                );
+            }
+            if let Some(sink) = &self.sink {
+                args = args.sink(View::of(sink, Layout::per_head(h)));
+            }
+            cpu.attend(&plan, par, args, &mut scratch).unwrap();
+        }
+        out
+    }
+
+    /// The contract in f64, straight from its table. Also the error bound of each element of `o` and `mem_o`, in units of 2⁻²⁴.
+    pub fn naive(&self) -> (Outputs, Outputs) {
+        let s = &self.shape;
+        let (h, d, f, b) = (s.heads(), s.head_dim(), s.mem_len(), s.block_len() as u64);
+        let wide = |x: &[T]| x.iter().map(|x| f64::from(x.to_f32())).collect::<Vec<f64>>();
+        let (k, v, mk, mv) = (wide(&self.k), wide(&self.v), wide(&self.mem_k), wide(&self.mem_v));
+        let mut out = [vec![], vec![], vec![], vec![]];
+        let mut bound = out.clone();
+        let (start, end) = (self.origin, self.origin + self.len as u64);
+        let mut attend = |q: &[f64], head: usize, keys: std::ops::Range<u64>, i: usize, group: usize| {
+            let kv = head / s.group();
+            let at = |row: usize| (row * s.kv_heads() + kv) * d..(row * s.kv_heads() + kv + 1) * d;
+            let tokens = keys.map(|j| at((j - start) as usize)).map(|r| (&k[r.clone()], &v[r]));
+            let memory = (0..f).map(|m| at(i * f + m)).map(|r| (&mk[r.clone()], &mv[r]));
+            let keys: Vec<_> = tokens.chain(memory).collect();
+            let dot =
+                |k: &[f64], f: &dyn Fn(f64) -> f64| q.iter().zip(k).map(|(q, k)| f(q * k)).sum::<f64>() * f64::from(s.scale());
+            let logits: Vec<f64> = keys.iter().map(|(k, _)| dot(k, &|x| x)).collect();
+            let large = keys.iter().map(|(k, _)| dot(k, &f64::abs)).fold(0.0, f64::max);
+            let sink = self.sink.as_ref().map_or(f64::NEG_INFINITY, |s| f64::from(s[head]));
+            let max = logits.iter().copied().fold(sink, f64::max);
+            let sum: f64 = logits.iter().chain([&sink]).map(|s| (s - max).exp()).sum();
+            let p: Vec<f64> = logits.iter().map(|s| (s - max).exp() / sum).collect();
+            let factor = 2.0 * large * ((d as f64).sqrt() + 4.0) + 4.0 * (keys.len() as f64).sqrt() + 12.0;
+            for c in 0..d {
+                let weigh = |f: &dyn Fn(f64) -> f64| p.iter().zip(&keys).map(|(p, (_, v))| p * f(v[c])).sum::<f64>();
+                out[group].push(weigh(&|v| v) as f32);
+                bound[group].push((weigh(&f64::abs) * factor + weigh(&|v| v).abs()) as f32);
+            }
+            out[group + 1].push((max + sum.ln()) as f32);
+            bound[group + 1]
+                .push((((max + sum.ln()).abs() * 2.0) + 2.0 * large * (d as f64 + 4.0) + keys.len() as f64 + 8.0) as f32);
+        };
+        let (q, mq) = (wide(&self.q), wide(&self.mem_q));
+        for (row, q) in q.chunks(d).enumerate() {
+            let position = start + (row / h) as u64;
+            let first = match s.window() {
+                Window::Blocks(m) => (position / b).saturating_sub(m as u64) * b,
+                Window::Tokens(w) => (position + 1).saturating_sub(w as u64),
+                _ => unreachable!(),
+            };
+            attend(q, row % h, first.max(start)..position + 1, (position / b - start / b) as usize, 0);
+        }
+        for (row, q) in mq.chunks(d).enumerate() {
+            let (i, head) = (row / (f * h), row % h);
+            let block = (start / b + i as u64) * b;
+            attend(q, head, block.max(start)..(block + b).min(end), i, 2);
+        }
+        let make = |[o, lse, mem_o, mem_lse]: [Vec<f32>; 4]| Outputs { o, lse, mem_o, mem_lse };
+        (make(out), make(bound))
+    }
+
+    /// Asserts that `got` is within the error bound of the naive attention.
+    pub fn check(&self, got: &Outputs) {
+        let (want, bound) = self.naive();
+        let parts = |x: &Outputs| [x.o.clone(), x.lse.clone(), x.mem_o.clone(), x.mem_lse.clone()].concat();
+        for (i, ((got, want), bound)) in parts(got).iter().zip(parts(&want)).zip(parts(&bound)).enumerate() {
+            let error = f64::from((got - want).abs());
+            assert!(error <= f64::from(bound) / (1u64 << 24) as f64, "{:?} element {i}: {got} for {want}", self.shape);
+        }
+    }
+}
+
+/// Zeros aligned for every element type, at least `bytes` of them.
+pub fn aligned(bytes: usize) -> Vec<u64> {
+    vec![0; bytes.div_ceil(8)]
+}
+
+pub fn shape(heads: [usize; 2], d: usize, b: usize, window: Window, f: usize, dtype: Dtype) -> Shape {
+    let [heads, kv_heads] = heads;
+    let builder = Shape::builder().heads(heads).kv_heads(kv_heads).head_dim(d).block_len(b);
+    builder.window(window).mem_len(f).dtype(dtype).build().unwrap()
+}
+
+/// Calls `f` with a stream of each dtype's own type.
+#[macro_export]
+macro_rules! each_dtype {
+    ($f:ident) => {
+        $f::<f32>();
+        $f::<fam_core::f16>();
+        $f::<fam_core::bf16>();
+    };
+}

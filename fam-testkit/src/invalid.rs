@@ -1,0 +1,239 @@
+//! Calls that must be refused: a typed error that names the field, and not a byte written.
+
+use crate::guard::{CANARY, Tensor};
+use crate::harness::{Harness, Owned};
+use crate::launch::{Stop, plan};
+use crate::runner::{Outcome, Passed, caught};
+use fam_core::{
+    Attend, Backend, Dtype, Error, InfiniRule, InfiniState, InfiniWrite, Keys, Layout, Merge, Op, Partial, Plan, Result, Rows, Shape,
+    Span, Spans, View, ViewMut, Window,
+};
+use std::borrow::{Borrow, BorrowMut};
+
+/// N, L, Hq, Hkv, D, B, F and slots of the call that every entry of the table spoils in one place.
+const SIZES: [usize; 8] = [2, 6, 4, 2, 8, 4, 3, 3];
+const [N, L, HQ, HKV, D, B, F, SLOTS]: [usize; 8] = SIZES;
+
+/// Spans and layouts of a valid call of `attend`.
+struct Call {
+    spans: Vec<Span>,
+    tensors: Vec<(&'static str, Layout)>,
+    has_mem: bool,
+    has_infini: bool,
+    uses_ring: bool,
+    /// Bytes that ring and scratch are short of what the plan asks for.
+    short: [u64; 2],
+}
+
+impl Call {
+    fn valid() -> Self {
+        let dtype = Dtype::F32;
+        let rows = |heads, d| Layout::tokens(dtype, [N, L, heads, d]);
+        let memory = |n, heads, d| Layout::packed(dtype, [n, 2, F, heads, d]);
+        let keys = Layout::tokens(dtype, [SLOTS, L, HKV, D]);
+        Call {
+            spans: vec![Span::new(2, 0, 6).with_mem_rows(3), Span::new(0, 0, 4).with_mem_rows(1)],
+            tensors: vec![
+                ("q", rows(HQ, D)),
+                ("o", rows(HQ, D)),
+                ("lse", rows(HQ, 1)),
+                ("mem_q", memory(N, HQ, D)),
+                ("mem_o", memory(N, HQ, D)),
+                ("mem_lse", memory(N, HQ, 1)),
+                ("k", keys),
+                ("v", keys),
+                ("mem_k", memory(SLOTS, HKV, D)),
+                ("mem_v", memory(SLOTS, HKV, D)),
+                ("sink", Layout::per_head(HQ)),
+                ("m", Layout::infini_m(SLOTS, 3, HKV, D)),
+                ("z", Layout::infini_z(SLOTS, 3, HKV, D)),
+            ],
+            has_mem: true,
+            has_infini: false,
+            uses_ring: false,
+            short: [0, 0],
+        }
+    }
+
+    fn layout(&mut self, name: &str) -> &mut Layout {
+        let found = self.tensors.iter_mut().find(|(n, _)| *n == name);
+        &mut found.expect("the table names tensors of the call").1
+    }
+}
+
+/// An entry: its name, the field that the error must name, and what it spoils.
+type Entry = (&'static str, &'static str, fn(&mut Call));
+
+const ENTRIES: [Entry; 32] = [
+    ("a slot beyond the plan's", "span.slot", |c| c.spans[0].slot = 3),
+    ("a slot twice", "span.slot", |c| c.spans[1].slot = 2),
+    ("more memory rows than F", "span.mem_rows", |c| c.spans[0].mem_rows = 4),
+    ("more tokens than planned", "tokens of a stream", |c| c.spans[0].len = 9),
+    ("a start before the origin", "span.origin", |c| c.spans[0].origin = 1),
+    ("a start beyond half of u64", "span.start", |c| (c.spans[0].start, c.spans[0].origin) = (u64::MAX / 2 + 8, u64::MAX / 2 + 8)),
+    ("more blocks than planned", "blocks touched", |c| (c.spans[0].start, c.spans[0].origin) = (3, 3)),
+    ("more streams than planned", "streams in a call", |c| c.spans.push(Span::new(1, 0, 1))),
+    ("q of another dtype", "q", |c| c.layout("q").dtype = Dtype::Bf16),
+    ("q with too few rows", "q", |c| c.layout("q").shape[2] = 5),
+    ("q with too few streams", "q", |c| c.layout("q").shape[0] = 1),
+    ("q with the wrong heads", "q", |c| c.layout("q").shape[3] = 2),
+    ("q with the wrong head_dim", "q", |c| c.layout("q").shape[4] = 7),
+    ("q past its buffer", "q", |c| c.layout("q").offset = 1000),
+    ("strides of q that overflow", "q", |c| c.layout("q").stride[0] = usize::MAX),
+    ("o that repeats elements", "o", |c| c.layout("o").stride[3] = 0),
+    ("o whose rows overlap", "o", |c| c.layout("o").stride[2] = 9),
+    ("o of another dtype", "o", |c| c.layout("o").dtype = Dtype::F16),
+    ("lse with too few rows", "lse", |c| c.layout("lse").shape[2] = 5),
+    ("lse in 16 bits", "lse", |c| c.layout("lse").dtype = Dtype::F16),
+    ("mem_q with too few blocks", "mem_q", |c| c.layout("mem_q").shape[1] = 1),
+    ("mem_o with too few rows", "mem_o", |c| c.layout("mem_o").shape[2] = 2),
+    ("mem_lse past its buffer", "mem_lse", |c| c.layout("mem_lse").offset = 100),
+    ("fewer keys than the streams have", "k", |c| c.layout("k").shape[2] = 5),
+    ("keys of too few slots", "k", |c| c.layout("k").shape[0] = 2),
+    ("v of another shape than k", "v", |c| c.layout("v").shape[0] = 4),
+    ("memory rows without keys", "mem", |c| c.has_mem = false),
+    ("mem_k with too few rows", "mem_k", |c| c.layout("mem_k").shape[2] = 2),
+    ("mem_v with other entries than mem_k", "mem_v", |c| c.layout("mem_v").shape[1] = 1),
+    ("a sink of other heads", "sink", |c| c.layout("sink").shape[3] = 2),
+    ("a compressive memory that the shape lacks", "infini", |c| c.has_infini = true),
+    ("scratch memory that is too short", "scratch", |c| c.short[1] = 1),
+];
+
+/// Calls of every op that must be refused, by name. Passed: a typed error that names the field, and outputs untouched.
+pub fn invalid_calls<H: Harness + ?Sized>(h: &H) -> Vec<(&'static str, Outcome)> {
+    let mut outcomes = vec![("the valid call beside them", caught(|| attend(h, Call::valid()).map(|()| Passed::default())))];
+    for (name, field, spoil) in ENTRIES {
+        let mut call = Call::valid();
+        spoil(&mut call);
+        outcomes.push((name, refused(field, || attend(h, call))));
+    }
+    let mut ring = Call::valid();
+    (ring.uses_ring, ring.short[0]) = (true, 1);
+    outcomes.push(("a ring that is too short", refused("ring", || attend(h, ring))));
+    outcomes.push(("too few entries of m", refused("m", || infini_write(h, 2, 3, D))));
+    outcomes.push(("z with other entries than m", refused("z", || infini_write(h, 3, 4, D))));
+    outcomes.push(("z of another head_dim", refused("z", || infini_write(h, 3, 3, D - 1))));
+    outcomes.push(("a part of another dtype", refused("o_a", || merge(h, Dtype::Bf16, N))));
+    outcomes.push(("a part of fewer streams", refused("lse_b", || merge(h, Dtype::F32, N - 1))));
+    outcomes
+}
+
+/// Passes if the call stops with an error of the right kind about `field`.
+fn refused(field: &str, call: impl FnOnce() -> Result<(), Stop>) -> Outcome {
+    caught(|| match call() {
+        Err(Stop::Failed(text)) if text.starts_with(field) => Ok(Passed::default()),
+        Err(Stop::Failed(text)) => Err(Stop::Failed(format!("an error about {field} was due, not: {text}"))),
+        Err(skipped) => Err(skipped),
+        Ok(()) => Err(Stop::Failed(format!("accepted; an error about {field} was due"))),
+    })
+}
+
+/// The call's own error as a failure; any other kind of error, or a byte written, as a failure that names no field.
+fn typed(result: Result<()>, is_untouched: bool) -> Result<(), Stop> {
+    match result {
+        Err(_) if !is_untouched => Err(Stop::Failed("refused, but an output was written".into())),
+        Err(error @ (Error::Invalid { .. } | Error::LimitExceeded { .. })) => Err(error.into()),
+        Err(error) => Err(Stop::Failed(format!("an error of another kind: {error}"))),
+        Ok(()) => Ok(()),
+    }
+}
+
+fn shape(infini: bool) -> Result<Shape> {
+    let builder = Shape::builder().heads(HQ).kv_heads(HKV).head_dim(D).block_len(B).mem_len(F).window(Window::Blocks(1));
+    if infini { builder.infini(InfiniRule::Linear).build() } else { builder.build() }
+}
+
+/// A buffer as large as the valid call's, whatever the layout says.
+fn buffer<H: Harness + ?Sized>(h: &H, valid: Layout) -> Result<Owned<H>> {
+    h.upload(&vec![CANARY; valid.end_bytes().unwrap_or(0) as usize])
+}
+
+fn attend<H: Harness + ?Sized>(h: &H, call: Call) -> Result<(), Stop> {
+    let ops: &[Op] = if call.uses_ring { &[Op::Append, Op::Attend] } else { &[Op::Attend] };
+    let plan = plan(h, &shape(false)?.spec(N, 8).blocks(2).slots(SLOTS).ops(ops).build()?)?;
+    let valid = Call::valid();
+    let mut memory = Vec::new();
+    for (name, layout) in &valid.tensors {
+        memory.push((*name, buffer(h, *layout)?));
+    }
+    let layouts: Vec<(&str, Layout)> = call.tensors.iter().map(|(name, layout)| (*name, *layout)).collect();
+    let layout = |name: &str| layouts.iter().find(|(n, _)| *n == name).map(|(_, l)| *l).unwrap_or(Layout::per_head(0));
+    let mut outputs = Vec::new();
+    let mut inputs = Vec::new();
+    for (name, owned) in memory {
+        if matches!(name, "o" | "lse" | "mem_o" | "mem_lse") { outputs.push(owned) } else { inputs.push((name, owned)) }
+    }
+    let ring = h.upload(&vec![0; plan.support().ring_bytes.saturating_sub(call.short[0]) as usize])?;
+    let scratch_bytes = plan.support().scratch_bytes;
+    if call.short[1] > scratch_bytes {
+        return Err(Stop::Skipped("a plan without scratch memory".into()));
+    }
+    let mut scratch = h.upload(&vec![0; (scratch_bytes - call.short[1]) as usize])?;
+    let input = |name: &str| inputs.iter().find(|(n, _)| *n == name).map(|(_, owned)| owned.borrow());
+    let view = |name: &str| input(name).map(|mem| View::new(mem, layout(name)));
+    let result = h.run(&mut |queue| {
+        let [o, lse, mem_o, mem_lse] = &mut outputs[..] else { return Ok(()) };
+        let (Some(q), Some(mem_q), Some(k), Some(v)) = (view("q"), view("mem_q"), view("k"), view("v")) else { return Ok(()) };
+        let keys = if call.uses_ring { Keys::Ring(ring.borrow()) } else { Keys::Strided { k, v } };
+        let rows = Rows::new(q, ViewMut::new(o.borrow_mut(), layout("o")));
+        let mem_rows = Rows::new(mem_q, ViewMut::new(mem_o.borrow_mut(), layout("mem_o")));
+        let mut args = Attend::new(Spans::Host(&call.spans), keys)
+            .rows(rows.lse(ViewMut::new(lse.borrow_mut(), layout("lse"))))
+            .mem_rows(mem_rows.lse(ViewMut::new(mem_lse.borrow_mut(), layout("mem_lse"))));
+        if let (true, Some(k), Some(v)) = (call.has_mem, view("mem_k"), view("mem_v")) {
+            args = args.mem(k, v);
+        }
+        if let Some(sink) = view("sink") {
+            args = args.sink(sink);
+        }
+        if let (true, Some(m), Some(z), Some(beta)) = (call.has_infini, view("m"), view("z"), view("sink")) {
+            args = args.infini(InfiniState { q, m, z, beta });
+        }
+        h.backend().attend(&plan, queue, args, scratch.borrow_mut())
+    });
+    let mut is_untouched = true;
+    for (owned, name) in outputs.iter().zip(["o", "lse", "mem_o", "mem_lse"]) {
+        let bytes = Layout::end_bytes(&valid.tensors.iter().find(|(n, _)| *n == name).map_or(layout(name), |(_, l)| *l));
+        is_untouched &= h.download(owned, bytes.unwrap_or(0) as usize)?.iter().all(|b| *b == CANARY);
+    }
+    typed(result, is_untouched)
+}
+
+fn infini_write<H: Harness + ?Sized>(h: &H, m_entries: usize, z_entries: usize, z_dim: usize) -> Result<(), Stop> {
+    let plan = plan(h, &shape(true)?.spec(N, 8).blocks(2).slots(SLOTS).ops(&[Op::InfiniWrite]).build()?)?;
+    let keys = Tensor::new(Layout::tokens(Dtype::F32, [SLOTS, L, HKV, D]), 0);
+    let layouts = [Layout::infini_m(SLOTS, m_entries, HKV, D), Layout::infini_z(SLOTS, z_entries, HKV, z_dim)];
+    let (mut m, mut z) = (buffer(h, layouts[0])?, buffer(h, layouts[1])?);
+    let kv = h.upload(&keys.bytes)?;
+    let mut scratch = h.poisoned(plan.support().scratch_bytes)?;
+    let spans = Call::valid().spans;
+    let result = h.run(&mut |queue| {
+        let kv = View::new(kv.borrow(), keys.layout);
+        let (m, z) = (ViewMut::new(m.borrow_mut(), layouts[0]), ViewMut::new(z.borrow_mut(), layouts[1]));
+        let args = InfiniWrite::new(Spans::Host(&spans), Keys::Strided { k: kv, v: kv }, m, z);
+        h.backend().infini_write(&plan, queue, args, scratch.borrow_mut())
+    });
+    let mut is_untouched = true;
+    for (owned, layout) in [(&m, layouts[0]), (&z, layouts[1])] {
+        is_untouched &= h.download(owned, layout.end_bytes().unwrap_or(0) as usize)?.iter().all(|b| *b == CANARY);
+    }
+    typed(result, is_untouched)
+}
+
+fn merge<H: Harness + ?Sized>(h: &H, part_dtype: Dtype, part_streams: usize) -> Result<(), Stop> {
+    let plan = plan(h, &shape(false)?.spec(N, 8).ops(&[Op::Merge]).build()?)?;
+    let o_layout = Layout::tokens(Dtype::F32, [N, L, HQ, D]);
+    let part_o = Layout { dtype: part_dtype, ..o_layout };
+    let part_lse = Layout::tokens(Dtype::F32, [N, L, HQ, 1]);
+    let short_lse = Layout::tokens(Dtype::F32, [part_streams, L, HQ, 1]);
+    let (inputs, lse) = (buffer(h, o_layout)?, buffer(h, part_lse)?);
+    let mut o = buffer(h, o_layout)?;
+    let mut scratch = h.poisoned(plan.support().scratch_bytes)?;
+    let result = h.run(&mut |queue| {
+        let a = Partial { o: View::new(inputs.borrow(), part_o), lse: View::new(lse.borrow(), part_lse) };
+        let b = Partial { o: View::new(inputs.borrow(), o_layout), lse: View::new(lse.borrow(), short_lse) };
+        h.backend().merge(&plan, queue, Merge::new(a, b, ViewMut::new(o.borrow_mut(), o_layout)), scratch.borrow_mut())
+    });
+    let is_untouched = h.download(&o, o_layout.end_bytes().unwrap_or(0) as usize)?.iter().all(|b| *b == CANARY);
+    typed(result, is_untouched)
+}

@@ -1,0 +1,72 @@
+//! Proof of the net: every deliberate error in the shipped code is caught by one run of a fixed seed, and the code itself raises no alarm.
+//!
+//! ```text
+//! RUSTFLAGS="--cfg fam_mutants" cargo test --release -p fam-testkit --test mutants
+//! ```
+#![cfg(fam_mutants)]
+
+mod common;
+
+use common::CpuHarness;
+use fam_core::mutants::select;
+use fam_testkit::{Budget, Level, Outcome, PROPERTIES, SuiteOptions, run_property, run_suite};
+use std::collections::BTreeMap;
+
+/// Errors in `fam_core::Streams`.
+const STREAMS: [&str; 3] = ["streams-stale-ring-row", "streams-flip-before-write", "streams-reset-keeps-m"];
+/// Cases of a run; each property takes part with `SEEDS` more.
+const CASES: u64 = 9_000;
+const SEEDS: u64 = 40;
+
+/// What the run finds first, and after how many cases.
+fn first_alarm(h: &CpuHarness) -> Option<(u64, String)> {
+    let options = SuiteOptions {
+        budget: Budget::Cases(CASES),
+        level: Level::Stat,
+        threads: 2,
+        max_failures: 1,
+        ..SuiteOptions::default()
+    };
+    let report = run_suite(h, &options, &mut |_| {});
+    if let Some((index, failure)) = report.failed.first_key_value() {
+        return Some((*index, format!("{}: {}", failure.case, failure.what)));
+    }
+    if let Some((dtype, share)) = report.biased() {
+        return Some((CASES, format!("bias of {dtype} outputs: {share}")));
+    }
+    let problems = (0..SEEDS).flat_map(|seed| PROPERTIES.map(|property| (property, seed)));
+    problems.enumerate().find_map(|(i, (property, seed))| match run_property(h, property, seed) {
+        Outcome::Failed(what) => Some((CASES + i as u64, format!("property {property}, seed {seed}: {what}"))),
+        _ => None,
+    })
+}
+
+/// One test: the selected mutant is global.
+#[test]
+fn every_mutant_is_caught() {
+    std::panic::set_hook(Box::new(|_| {}));
+    let h = CpuHarness::serial();
+    select(None);
+    let alarm = first_alarm(&h);
+    assert!(alarm.is_none(), "the code itself: {alarm:?}");
+
+    let mut missed = Vec::new();
+    let mut counts: BTreeMap<&str, u32> = BTreeMap::new();
+    for name in fam_cpu::MUTANTS.iter().copied().chain(STREAMS) {
+        select(Some(name));
+        match first_alarm(&h) {
+            Some((cases, what)) => {
+                println!("{name}: case {cases}: {}", what.chars().take(300).collect::<String>());
+                *counts.entry(name.split('-').next().unwrap()).or_default() += 1;
+            }
+            None => missed.push(name),
+        }
+    }
+    select(None);
+    let _ = std::panic::take_hook();
+    println!("caught {counts:?}");
+    assert!(missed.is_empty(), "not caught: {missed:?}");
+    for (op, least) in [("attend", 18), ("infini", 6), ("merge", 3), ("streams", 3)] {
+        assert!(counts.get(op).is_some_and(|&n| n >= least), "{op}: {counts:?}, at least {least}");
+    }
+}
