@@ -17,7 +17,7 @@ fn bench<T: Element>(c: &mut Criterion, layer: &Layer) -> Result<()> {
     group.bench_function(layer.id::<T>("block"), |b| {
         b.iter(|| {
             let args = Append::new(Spans::Host(&span)).rows(View::tokens(&k, sizes), View::tokens(&v, sizes), &mut ring);
-            cpu.append(&plan, &mut Par::Serial, args, &mut scratch)
+            cpu.append(&plan, &mut Par::Serial, args, &mut scratch).expect("arguments that fit the plan");
         });
     });
     group.finish();

@@ -33,7 +33,7 @@ fn bench<T: Element>(c: &mut Criterion, layer: &Layer, what: &str, len: usize) -
             if is_block {
                 args = args.mem_rows(Rows::new(View::of(&mem_q, mem_q_layout), ViewMut::of(&mut mem_o, mem_q_layout)));
             }
-            cpu.attend(&plan, &mut Par::Serial, args, &mut scratch)
+            cpu.attend(&plan, &mut Par::Serial, args, &mut scratch).expect("arguments that fit the plan");
         });
     });
     group.finish();

@@ -29,6 +29,7 @@ fn bench<T: Element>(c: &mut Criterion, layer: &Layer) -> Result<()> {
             };
             let (o_local, o) = (View::tokens(&o_local, sizes), ViewMut::tokens(&mut o, sizes));
             cpu.infini_read(&plan, &mut Par::Serial, InfiniRead::new(Spans::Host(&span), state, o_local, o), &mut scratch)
+                .expect("arguments that fit the plan");
         });
     });
     group.finish();

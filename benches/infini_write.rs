@@ -21,6 +21,7 @@ fn bench<T: Element>(c: &mut Criterion, layer: &Layer, rule: InfiniRule) -> Resu
             let keys = Keys::Strided { k: View::tokens(&k, sizes), v: View::tokens(&v, sizes) };
             let (m, z) = (ViewMut::of(&mut m, m_layout), ViewMut::of(&mut z, z_layout));
             cpu.infini_write(&plan, &mut Par::Serial, InfiniWrite::new(Spans::Host(&span), keys, m, z), &mut scratch)
+                .expect("arguments that fit the plan");
         });
     });
     group.finish();

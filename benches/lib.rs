@@ -27,8 +27,8 @@ pub struct Layer {
 
 /// Every layer.
 pub const LAYERS: [Layer; 2] = [
-    Layer { name: "8x64", heads: 8, kv_heads: 8, head_dim: 64, block_len: 256, window_blocks: 1, mem_len: 16 },
-    Layer { name: "16/4x128", heads: 16, kv_heads: 4, head_dim: 128, block_len: 512, window_blocks: 2, mem_len: 64 },
+    Layer { name: "h8-d64", heads: 8, kv_heads: 8, head_dim: 64, block_len: 256, window_blocks: 1, mem_len: 16 },
+    Layer { name: "h16-kv4-d128", heads: 16, kv_heads: 4, head_dim: 128, block_len: 512, window_blocks: 2, mem_len: 64 },
 ];
 
 impl Layer {

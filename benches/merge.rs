@@ -19,6 +19,7 @@ fn bench<T: Element>(c: &mut Criterion, layer: &Layer) -> Result<()> {
             let part = |o, lse| Partial { o: View::tokens(o, o_sizes), lse: View::tokens(lse, lse_sizes) };
             let args = Merge::new(part(&o_a, &lse_a), part(&o_b, &lse_b), ViewMut::tokens(&mut o, o_sizes));
             cpu.merge(&plan, &mut Par::Serial, args.lse(ViewMut::tokens(&mut lse, lse_sizes)), &mut scratch)
+                .expect("arguments that fit the plan");
         });
     });
     group.finish();

@@ -32,19 +32,19 @@ impl Layer {
 
     /// Decodes tokens `position .. end` of a text, one at a time, each block with a memory of its own; their outputs.
     fn decode(&mut self, slot: u32, text: u64, end: u64) -> Result<Vec<f32>> {
-        let random = |seed, rows, heads| -> Vec<f32> {
-            Random::new(text + seed).array([rows * heads * HEAD_DIM], 1.0).data.iter().map(|&x| x as f32).collect()
-        };
         let mut outputs = Vec::new();
         while self.streams.position(slot)? < end {
             let position = self.streams.position(slot)?;
+            let mut random = Random::new(text + position);
+            let mut rows = |rows, heads| -> Vec<f32> {
+                random.array([rows * heads * HEAD_DIM], 1.0).data.iter().map(|&x| x as f32).collect()
+            };
+            let (q, k, v) = (rows(1, HEADS), rows(1, KV_HEADS), rows(1, KV_HEADS));
             if position.is_multiple_of(BLOCK as u64) {
-                let (k, v) = (random(3 * position + 1, MEM, KV_HEADS), random(3 * position + 2, MEM, KV_HEADS));
-                let [k, v] = [&k, &v].map(|x| View::tokens(x, [1, MEM, KV_HEADS, HEAD_DIM]));
-                self.streams.set_memory(&self.plan, &mut Par::Serial, &[slot], k, v, &mut self.scratch)?;
+                let (mem_k, mem_v) = (rows(MEM, KV_HEADS), rows(MEM, KV_HEADS));
+                let [mem_k, mem_v] = [&mem_k, &mem_v].map(|x| View::tokens(x, [1, MEM, KV_HEADS, HEAD_DIM]));
+                self.streams.set_memory(&self.plan, &mut Par::Serial, &[slot], mem_k, mem_v, &mut self.scratch)?;
             }
-            let (q, k, v) =
-                (random(position, 1, HEADS), random(position + 1000, 1, KV_HEADS), random(position + 2000, 1, KV_HEADS));
             let mut o = vec![0f32; q.len()];
             let rows = Rows::new(View::tokens(&q, [1, 1, HEADS, HEAD_DIM]), ViewMut::tokens(&mut o, [1, 1, HEADS, HEAD_DIM]));
             let [k, v] = [&k, &v].map(|x| View::tokens(x, [1, 1, KV_HEADS, HEAD_DIM]));

@@ -60,6 +60,17 @@ pub enum Selected {
     Cpu(fam_cpu::Cpu),
 }
 
+impl Selected {
+    /// The backend's name in kernel ids and on the command line.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            #[cfg(feature = "cpu")]
+            Selected::Cpu(cpu) => fam_core::Backend::name(cpu),
+        }
+    }
+}
+
 /// A chosen backend and the reason.
 #[derive(Debug)]
 pub struct Selection {

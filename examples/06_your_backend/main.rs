@@ -5,10 +5,11 @@
 //! cargo run --release --example 06_your_backend -- bug   # the window moves on one token early: found, exit 1
 //! ```
 
-mod memory;
+mod harness;
 
 use fam::*;
-use fam_testkit::{Budget, Filter, Harness, SuiteOptions, run_suite};
+use fam_testkit::{Budget, Filter, SuiteOptions, run_suite};
+use harness::{LoopsPlan, load, store};
 
 struct Loops {
     has_bug: bool,
@@ -17,25 +18,25 @@ struct Loops {
 impl Backend for Loops {
     type Mem = [u8];
     type Queue<'q> = ();
-    type Plan = memory::LoopsPlan;
+    type Plan = LoopsPlan;
 
     fn name(&self) -> &'static str {
         "loops"
     }
     /// What `attend` would not compute is declined here, before anything runs.
     fn support(&self, spec: &Spec) -> Result<Support> {
-        let (shape, ops) = (spec.shape(), spec.ops());
-        if ops != [Op::Attend] || shape.dtype() != Dtype::F32 || shape.infini().is_some() {
-            return Err(Error::unsupported("ops", format!("{ops:?} in {}", shape.dtype()), "attend over linear keys in f32"));
+        let asked = (spec.ops(), spec.shape().dtype(), spec.shape().infini());
+        if asked != (&[Op::Attend][..], Dtype::F32, None) {
+            return Err(Error::unsupported("ops, dtype, infini", format!("{asked:?}"), "attend over linear keys in f32"));
         }
         Ok(Support::new(vec![(KernelId { backend: "loops", op: Op::Attend, dtype: Dtype::F32, variant: "plain" }, 1)]))
     }
-    fn plan(&self, spec: &Spec) -> Result<Self::Plan> {
-        Ok(memory::LoopsPlan(spec.clone(), self.support(spec)?))
+    fn plan(&self, spec: &Spec) -> Result<LoopsPlan> {
+        Ok(LoopsPlan(spec.clone(), self.support(spec)?))
     }
-    fn attend(&self, plan: &Self::Plan, _: &mut (), args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
+    fn attend(&self, plan: &LoopsPlan, _: &mut (), args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
         args.validate(plan, scratch)?;
-        let (shape, spans) = (plan.spec().shape(), memory::spans(&args.spans, plan.spec()));
+        let (shape, spans) = (plan.spec().shape(), harness::spans(&args.spans, plan.spec()));
         let Attend { rows, mem_rows, keys: Keys::Strided { k, v }, mem, sink, .. } = args else {
             return Err(Error::unsupported("keys", "a ring", "linear caches"));
         };
@@ -43,28 +44,24 @@ impl Backend for Loops {
             for (n, span) in spans.iter().enumerate() {
                 let blocks = span.blocks(shape.block_len());
                 let (blocks, len) = if is_mem { (blocks, shape.mem_len()) } else { (1, span.len as usize) };
-                for (i, t, h) in memory::indices([blocks, len, shape.heads()]) {
+                for (i, t, h) in harness::indices([blocks, len, shape.heads()]) {
                     // The block whose memory serves the row, and the positions of the keys that it sees.
-                    let p = span.start + t as u64;
+                    let (p, bug) = (span.start + t as u64, u64::from(self.has_bug));
                     let (block, positions) = match is_mem {
-                        true => (i, span.block_keys(i, shape.block_len())),
-                        false => (
-                            (shape.block(p) - shape.block(span.start)) as usize,
-                            span.window_first(p + u64::from(self.has_bug), shape)..p + 1,
-                        ),
+                        true => (i as u64, span.block_keys(i, shape.block_len())),
+                        false => (shape.block(p) - shape.block(span.start), span.window_first(p + bug, shape)..p + 1),
                     };
                     let (slot, head) = (span.slot as usize, h / shape.group());
-                    let key =
-                        |[k, v]: [&View<'_, [u8]>; 2], entry, row| [k, v].map(|x| memory::load(x, [slot, entry, row, head]));
+                    let key = |[k, v]: [&View<'_, [u8]>; 2], entry, row| [k, v].map(|x| load(x, [slot, entry, row, head]));
                     let mut keys: Vec<_> = positions.map(|p| key([&k, &v], 0, (p - span.origin) as usize)).collect();
                     if let Some(MemKeys { k, v }) = &mem {
-                        let entry = (span.mem_entry as usize + block) % k.layout.shape[1];
+                        let entry = (span.mem_entry as usize + block as usize) % k.layout.shape[1];
                         keys.extend((0..span.mem_rows as usize).map(|f| key([k, v], entry, f)));
                     }
-                    let sink = sink.map_or(f32::NEG_INFINITY, |sink| memory::load(&sink, [0, 0, 0, h])[0]);
-                    let (o, lse) = softmax(&memory::load(&rows.q, [n, i, t, h]), &keys, shape.scale(), sink);
-                    memory::store(&mut rows.o, [n, i, t, h], &o);
-                    rows.lse.iter_mut().for_each(|to| memory::store(to, [n, i, t, h], &[lse]));
+                    let sink = sink.map_or(f32::NEG_INFINITY, |sink| load(&sink, [0, 0, 0, h])[0]);
+                    let (o, lse) = softmax(&load(&rows.q, [n, i, t, h]), &keys, shape.scale(), sink);
+                    store(&mut rows.o, [n, i, t, h], &o);
+                    rows.lse.iter_mut().for_each(|to| store(to, [n, i, t, h], &[lse]));
                 }
             }
         }
@@ -88,17 +85,6 @@ fn softmax(q: &[f32], keys: &[[Vec<f32>; 2]], scale: f32, sink: f32) -> (Vec<f32
     }
     o.iter_mut().for_each(|o| *o /= row_sum);
     (o, row_max + row_sum.ln())
-}
-
-impl Harness for Loops {
-    type Backend = Self;
-
-    fn backend(&self) -> &Self {
-        self
-    }
-    fn run(&self, work: &mut dyn FnMut(&mut ()) -> Result<()>) -> Result<()> {
-        work(&mut ())
-    }
 }
 
 fn main() -> std::process::ExitCode {

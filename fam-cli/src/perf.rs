@@ -96,7 +96,10 @@ impl Job for Measure<'_> {
                 report.line(format!("{:8} {}", case.name, case.what));
             }
         }
-        report.line(format!("\n{:9} {:5} {:>10} {:>9} {:>8} {:>9} {:>8}", "case", "dtype", "median ms", "GFLOP/s", "GB/s", "roof ms", "share"));
+        report.line(format!(
+            "\n{:9} {:5} {:>10} {:>9} {:>8} {:>9} {:>8}",
+            "case", "dtype", "median ms", "GFLOP/s", "GB/s", "roof ms", "share"
+        ));
         let bar = report.progress(chosen.len() as u64, "cases");
         let mut outcome = Outcome::Right;
         for (case, dtype) in chosen {

@@ -193,7 +193,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
         let mut seen_metadata = false;
         while let Some(name) = map.next_key::<String>()? {
             let twice = if name == "__metadata__" {
-                header.metadata = map.next_value()?;
+                header.metadata = map.next_value::<Metadata>()?.0;
                 std::mem::replace(&mut seen_metadata, true)
             } else {
                 header.entries.insert(name.clone(), map.next_value()?).is_some()
@@ -203,6 +203,34 @@ impl<'de> Visitor<'de> for HeaderVisitor {
             }
         }
         Ok(header)
+    }
+}
+
+/// The metadata, every key once too.
+struct Metadata(HashMap<String, String>);
+
+impl<'de> serde::Deserialize<'de> for Metadata {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct MetadataVisitor;
+        impl<'de> Visitor<'de> for MetadataVisitor {
+            type Value = Metadata;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of strings")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+                let mut metadata = HashMap::new();
+                while let Some((key, value)) = map.next_entry::<String, String>()? {
+                    if metadata.contains_key(&key) {
+                        return Err(serde::de::Error::custom(format!("{key}: there twice")));
+                    }
+                    metadata.insert(key, value);
+                }
+                Ok(Metadata(metadata))
+            }
+        }
+        deserializer.deserialize_map(MetadataVisitor)
     }
 }
 

@@ -108,8 +108,8 @@ impl<'a> Checker<'a> {
             if self.worst.is_none_or(|w| ratio > w.ratio) {
                 self.worst = Some(Worst { ratio, at });
             }
-            // Not `error > bound`: a NaN bound must not pass.
-            if !(error <= bound) {
+            // A bound that is NaN must not pass.
+            if error > bound || bound.is_nan() {
                 self.fail(Wrong { at, got, expected, bound });
             }
         }

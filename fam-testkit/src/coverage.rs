@@ -14,9 +14,12 @@ pub struct Coverage {
     attend: u64,
     dense: u64,
     by_input: BTreeMap<(Distribution, &'static str, &'static str), u64>,
-    /// (op, axis) to value to count; values sort as numbers where they are.
-    by_axis: BTreeMap<(&'static str, &'static str), BTreeMap<(u64, String), u64>>,
+    /// By op and axis.
+    by_axis: BTreeMap<(&'static str, &'static str), Values>,
 }
+
+/// Counts of an axis's values, which sort as numbers where they are.
+type Values = BTreeMap<(u64, String), u64>;
 
 impl Coverage {
     /// Counts a case.

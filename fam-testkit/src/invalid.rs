@@ -1,18 +1,28 @@
 //! Calls that must be refused: a typed error that names the field, and not a byte written.
 
 use crate::guard::{CANARY, Tensor};
-use crate::harness::{Harness, Owned};
+use crate::harness::{Harness, Mem, Owned};
 use crate::launch::{Stop, plan};
 use crate::runner::{Outcome, Passed, caught};
 use fam_core::{
-    Attend, Backend, Dtype, Error, InfiniRule, InfiniState, InfiniWrite, Keys, Layout, Merge, Op, Partial, Plan, Result, Rows, Shape,
-    Span, Spans, View, ViewMut, Window,
+    Attend, Backend, Dtype, Error, InfiniRule, InfiniState, InfiniWrite, Keys, Layout, Merge, Op, Partial, Plan, Result, Rows,
+    Shape, Span, Spans, View, ViewMut, Window,
 };
 use std::borrow::{Borrow, BorrowMut};
+use std::collections::BTreeMap;
 
-/// N, L, Hq, Hkv, D, B, F and slots of the call that every entry of the table spoils in one place.
-const SIZES: [usize; 8] = [2, 6, 4, 2, 8, 4, 3, 3];
-const [N, L, HQ, HKV, D, B, F, SLOTS]: [usize; 8] = SIZES;
+// Sizes of the call that every entry of the table spoils in one place.
+const N: usize = 2;
+const L: usize = 6;
+const HQ: usize = 4;
+const HKV: usize = 2;
+const D: usize = 8;
+const B: usize = 4;
+const F: usize = 3;
+const SLOTS: usize = 3;
+
+/// Outputs of `attend`, in the order of the table of tensors.
+const OUTPUTS: [&str; 4] = ["o", "lse", "mem_o", "mem_lse"];
 
 /// Spans and layouts of a valid call of `attend`.
 struct Call {
@@ -70,7 +80,9 @@ const ENTRIES: [Entry; 32] = [
     ("more memory rows than F", "span.mem_rows", |c| c.spans[0].mem_rows = 4),
     ("more tokens than planned", "tokens of a stream", |c| c.spans[0].len = 9),
     ("a start before the origin", "span.origin", |c| c.spans[0].origin = 1),
-    ("a start beyond half of u64", "span.start", |c| (c.spans[0].start, c.spans[0].origin) = (u64::MAX / 2 + 8, u64::MAX / 2 + 8)),
+    ("a start beyond half of u64", "span.start", |c| {
+        (c.spans[0].start, c.spans[0].origin) = (u64::MAX / 2 + 8, u64::MAX / 2 + 8)
+    }),
     ("more blocks than planned", "blocks touched", |c| (c.spans[0].start, c.spans[0].origin) = (3, 3)),
     ("more streams than planned", "streams in a call", |c| c.spans.push(Span::new(1, 0, 1))),
     ("q of another dtype", "q", |c| c.layout("q").dtype = Dtype::Bf16),
@@ -143,60 +155,57 @@ fn shape(infini: bool) -> Result<Shape> {
     if infini { builder.infini(InfiniRule::Linear).build() } else { builder.build() }
 }
 
-/// A buffer as large as the valid call's, whatever the layout says.
-fn buffer<H: Harness + ?Sized>(h: &H, valid: Layout) -> Result<Owned<H>> {
-    h.upload(&vec![CANARY; valid.end_bytes().unwrap_or(0) as usize])
+fn bytes(layout: &Layout) -> usize {
+    layout.end_bytes().unwrap_or(0) as usize
+}
+
+/// A buffer for `layout`, full of canaries.
+fn buffer<H: Harness + ?Sized>(h: &H, layout: Layout) -> Result<Owned<H>> {
+    h.upload(&vec![CANARY; bytes(&layout)])
+}
+
+fn is_untouched<H: Harness + ?Sized>(h: &H, buffer: &Owned<H>, layout: &Layout) -> Result<bool> {
+    Ok(h.download(buffer, bytes(layout))?.iter().all(|b| *b == CANARY))
 }
 
 fn attend<H: Harness + ?Sized>(h: &H, call: Call) -> Result<(), Stop> {
     let ops: &[Op] = if call.uses_ring { &[Op::Append, Op::Attend] } else { &[Op::Attend] };
     let plan = plan(h, &shape(false)?.spec(N, 8).blocks(2).slots(SLOTS).ops(ops).build()?)?;
-    let valid = Call::valid();
-    let mut memory = Vec::new();
-    for (name, layout) in &valid.tensors {
-        memory.push((*name, buffer(h, *layout)?));
-    }
-    let layouts: Vec<(&str, Layout)> = call.tensors.iter().map(|(name, layout)| (*name, *layout)).collect();
-    let layout = |name: &str| layouts.iter().find(|(n, _)| *n == name).map(|(_, l)| *l).unwrap_or(Layout::per_head(0));
+    // Buffers are those of the valid call, whatever the spoilt layouts say.
+    let mut buffers = BTreeMap::new();
     let mut outputs = Vec::new();
-    let mut inputs = Vec::new();
-    for (name, owned) in memory {
-        if matches!(name, "o" | "lse" | "mem_o" | "mem_lse") { outputs.push(owned) } else { inputs.push((name, owned)) }
+    for (name, layout) in Call::valid().tensors {
+        let buffer = buffer(h, layout)?;
+        if OUTPUTS.contains(&name) { outputs.push((buffer, layout)) } else { drop(buffers.insert(name, buffer)) }
     }
+    let layouts: BTreeMap<&str, Layout> = call.tensors.iter().copied().collect();
     let ring = h.upload(&vec![0; plan.support().ring_bytes.saturating_sub(call.short[0]) as usize])?;
     let scratch_bytes = plan.support().scratch_bytes;
     if call.short[1] > scratch_bytes {
         return Err(Stop::Skipped("a plan without scratch memory".into()));
     }
     let mut scratch = h.upload(&vec![0; (scratch_bytes - call.short[1]) as usize])?;
-    let input = |name: &str| inputs.iter().find(|(n, _)| *n == name).map(|(_, owned)| owned.borrow());
-    let view = |name: &str| input(name).map(|mem| View::new(mem, layout(name)));
+    let view = |name: &str| View::<Mem<H>>::new(buffers[name].borrow(), layouts[name]);
     let result = h.run(&mut |queue| {
-        let [o, lse, mem_o, mem_lse] = &mut outputs[..] else { return Ok(()) };
-        let (Some(q), Some(mem_q), Some(k), Some(v)) = (view("q"), view("mem_q"), view("k"), view("v")) else { return Ok(()) };
-        let keys = if call.uses_ring { Keys::Ring(ring.borrow()) } else { Keys::Strided { k, v } };
-        let rows = Rows::new(q, ViewMut::new(o.borrow_mut(), layout("o")));
-        let mem_rows = Rows::new(mem_q, ViewMut::new(mem_o.borrow_mut(), layout("mem_o")));
-        let mut args = Attend::new(Spans::Host(&call.spans), keys)
-            .rows(rows.lse(ViewMut::new(lse.borrow_mut(), layout("lse"))))
-            .mem_rows(mem_rows.lse(ViewMut::new(mem_lse.borrow_mut(), layout("mem_lse"))));
-        if let (true, Some(k), Some(v)) = (call.has_mem, view("mem_k"), view("mem_v")) {
-            args = args.mem(k, v);
+        let mut views =
+            outputs.iter_mut().zip(OUTPUTS).map(|((buffer, _), name)| ViewMut::new(buffer.borrow_mut(), layouts[name]));
+        let mut group = |q| views.next().zip(views.next()).map(|(o, lse)| Rows::new(view(q), o).lse(lse));
+        let keys = if call.uses_ring { Keys::Ring(ring.borrow()) } else { Keys::Strided { k: view("k"), v: view("v") } };
+        let mut args = Attend::new(Spans::Host(&call.spans), keys).sink(view("sink"));
+        (args.rows, args.mem_rows) = (group("q"), group("mem_q"));
+        if call.has_mem {
+            args = args.mem(view("mem_k"), view("mem_v"));
         }
-        if let Some(sink) = view("sink") {
-            args = args.sink(sink);
-        }
-        if let (true, Some(m), Some(z), Some(beta)) = (call.has_infini, view("m"), view("z"), view("sink")) {
-            args = args.infini(InfiniState { q, m, z, beta });
+        if call.has_infini {
+            args = args.infini(InfiniState { q: view("q"), m: view("m"), z: view("z"), beta: view("sink") });
         }
         h.backend().attend(&plan, queue, args, scratch.borrow_mut())
     });
-    let mut is_untouched = true;
-    for (owned, name) in outputs.iter().zip(["o", "lse", "mem_o", "mem_lse"]) {
-        let bytes = Layout::end_bytes(&valid.tensors.iter().find(|(n, _)| *n == name).map_or(layout(name), |(_, l)| *l));
-        is_untouched &= h.download(owned, bytes.unwrap_or(0) as usize)?.iter().all(|b| *b == CANARY);
+    let mut all_untouched = true;
+    for (buffer, layout) in &outputs {
+        all_untouched &= is_untouched(h, buffer, layout)?;
     }
-    typed(result, is_untouched)
+    typed(result, all_untouched)
 }
 
 fn infini_write<H: Harness + ?Sized>(h: &H, m_entries: usize, z_entries: usize, z_dim: usize) -> Result<(), Stop> {
@@ -213,11 +222,8 @@ fn infini_write<H: Harness + ?Sized>(h: &H, m_entries: usize, z_entries: usize, 
         let args = InfiniWrite::new(Spans::Host(&spans), Keys::Strided { k: kv, v: kv }, m, z);
         h.backend().infini_write(&plan, queue, args, scratch.borrow_mut())
     });
-    let mut is_untouched = true;
-    for (owned, layout) in [(&m, layouts[0]), (&z, layouts[1])] {
-        is_untouched &= h.download(owned, layout.end_bytes().unwrap_or(0) as usize)?.iter().all(|b| *b == CANARY);
-    }
-    typed(result, is_untouched)
+    let both_untouched = is_untouched(h, &m, &layouts[0])? && is_untouched(h, &z, &layouts[1])?;
+    typed(result, both_untouched)
 }
 
 fn merge<H: Harness + ?Sized>(h: &H, part_dtype: Dtype, part_streams: usize) -> Result<(), Stop> {
@@ -234,6 +240,6 @@ fn merge<H: Harness + ?Sized>(h: &H, part_dtype: Dtype, part_streams: usize) -> 
         let b = Partial { o: View::new(inputs.borrow(), o_layout), lse: View::new(lse.borrow(), short_lse) };
         h.backend().merge(&plan, queue, Merge::new(a, b, ViewMut::new(o.borrow_mut(), o_layout)), scratch.borrow_mut())
     });
-    let is_untouched = h.download(&o, o_layout.end_bytes().unwrap_or(0) as usize)?.iter().all(|b| *b == CANARY);
-    typed(result, is_untouched)
+    let untouched = is_untouched(h, &o, &o_layout)?;
+    typed(result, untouched)
 }

@@ -121,7 +121,7 @@ impl<'a, H: Harness + ?Sized> LoadedSpans<'a, H> {
 
 /// The keys of a case where its op reads them: linear caches, or a ring that `append` has filled.
 pub(crate) enum LoadedKeys<H: Harness + ?Sized> {
-    Linear { k: Loaded<H>, v: Loaded<H> },
+    Linear(Box<[Loaded<H>; 2]>),
     Ring(Owned<H>),
 }
 
@@ -130,7 +130,7 @@ impl<H: Harness + ?Sized> LoadedKeys<H> {
         let k = Loaded::input(h, case, data, Role::K, fill)?;
         let v = Loaded::input(h, case, data, Role::V, fill)?;
         if case.keys == KeySource::Linear {
-            return Ok(LoadedKeys::Linear { k, v });
+            return Ok(LoadedKeys::Linear(Box::new([k, v])));
         }
         let mut ring = h.upload(&vec![fill; plan.support().ring_bytes as usize])?;
         fill_ring(h, case, plan, (&k, &v), &mut ring)?;
@@ -139,7 +139,7 @@ impl<H: Harness + ?Sized> LoadedKeys<H> {
 
     pub fn keys(&self) -> Keys<'_, Mem<H>> {
         match self {
-            LoadedKeys::Linear { k, v } => Keys::Strided { k: k.view(), v: v.view() },
+            LoadedKeys::Linear(kv) => Keys::Strided { k: kv[0].view(), v: kv[1].view() },
             LoadedKeys::Ring(ring) => Keys::Ring(ring.borrow()),
         }
     }

@@ -164,11 +164,7 @@ fn with_window(case: &Case, window: Window) -> Result<Case, Stop> {
 }
 
 /// Fails at the first bit in which two results differ.
-fn same_bits<'a>(
-    what: &str,
-    a: impl Iterator<Item = &'a Array<5>>,
-    b: impl Iterator<Item = &'a Array<5>>,
-) -> Result<(), Stop> {
+fn same_bits<'a>(what: &str, a: impl Iterator<Item = &'a Array<5>>, b: impl Iterator<Item = &'a Array<5>>) -> Result<(), Stop> {
     for (a, b) in a.zip(b) {
         if a.shape != b.shape {
             return Err(Stop::Failed(format!("{what}: shapes {:?} and {:?}", a.shape, b.shape)));
@@ -195,8 +191,8 @@ impl Near {
         if self.worst.is_none_or(|w| ratio > w.ratio) {
             self.worst = Some(Worst { ratio, at });
         }
-        // Not `ratio > 1`: NaN must not pass.
-        if !(ratio <= 1.0) {
+        // NaN must not pass.
+        if ratio > 1.0 || ratio.is_nan() {
             self.wrong.get_or_insert(Wrong { at, got, expected, bound });
         }
     }

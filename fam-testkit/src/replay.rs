@@ -50,10 +50,14 @@ pub(crate) struct Loaded<H: Harness + ?Sized> {
     pub mem_q: Option<(Owned<H>, Layout)>,
     pub mem: Option<(Owned<H>, Layout, Owned<H>, Layout)>,
     pub sink: Option<Owned<H>>,
-    pub infini: Option<(Option<Owned<H>>, Option<Owned<H>>, Owned<H>)>,
+    /// Un-rotated q and k where they are not q and k, and beta.
+    pub infini: Option<LoadedInfini<Owned<H>>>,
     /// Outputs by name, zeroed.
     outputs: Outputs<H>,
 }
+
+/// `infini_q`, `infini_k`, `beta`.
+type LoadedInfini<T> = (Option<T>, Option<T>, T);
 
 struct Outputs<H: Harness + ?Sized> {
     o: Owned<H>,

@@ -9,24 +9,19 @@ mod common;
 
 use common::CpuHarness;
 use fam_core::mutants::select;
-use fam_testkit::{Budget, Level, Outcome, PROPERTIES, SuiteOptions, run_property, run_suite};
+use fam_testkit::{Budget, Level, Outcome, PROPERTIES, SuiteOptions, run_property, run_streams, run_suite};
 use std::collections::BTreeMap;
 
 /// Errors in `fam_core::Streams`.
 const STREAMS: [&str; 3] = ["streams-stale-ring-row", "streams-flip-before-write", "streams-reset-keeps-m"];
-/// Cases of a run; each property takes part with `SEEDS` more.
+/// Cases of a run; each property, and the random life of streams, takes part with `SEEDS` more.
 const CASES: u64 = 9_000;
 const SEEDS: u64 = 40;
 
 /// What the run finds first, and after how many cases.
 fn first_alarm(h: &CpuHarness) -> Option<(u64, String)> {
-    let options = SuiteOptions {
-        budget: Budget::Cases(CASES),
-        level: Level::Stat,
-        threads: 2,
-        max_failures: 1,
-        ..SuiteOptions::default()
-    };
+    let options =
+        SuiteOptions { budget: Budget::Cases(CASES), level: Level::Stat, threads: 2, max_failures: 1, ..SuiteOptions::default() };
     let report = run_suite(h, &options, &mut |_| {});
     if let Some((index, failure)) = report.failed.first_key_value() {
         return Some((*index, format!("{}: {}", failure.case, failure.what)));
@@ -34,10 +29,17 @@ fn first_alarm(h: &CpuHarness) -> Option<(u64, String)> {
     if let Some((dtype, share)) = report.biased() {
         return Some((CASES, format!("bias of {dtype} outputs: {share}")));
     }
-    let problems = (0..SEEDS).flat_map(|seed| PROPERTIES.map(|property| (property, seed)));
-    problems.enumerate().find_map(|(i, (property, seed))| match run_property(h, property, seed) {
-        Outcome::Failed(what) => Some((CASES + i as u64, format!("property {property}, seed {seed}: {what}"))),
-        _ => None,
+    let problems =
+        (0..SEEDS).flat_map(|seed| PROPERTIES.map(Some).into_iter().chain([None]).map(move |property| (property, seed)));
+    problems.enumerate().find_map(|(i, (property, seed))| {
+        let (name, outcome) = match property {
+            Some(property) => (property.to_string(), run_property(h, property, seed)),
+            None => ("streams".into(), run_streams(h, seed)),
+        };
+        match outcome {
+            Outcome::Failed(what) => Some((CASES + i as u64, format!("{name}, seed {seed}: {what}"))),
+            _ => None,
+        }
     })
 }
 

@@ -3,7 +3,13 @@
 use fam::cpu::{Bytes, Cpu, CpuPlan, Par};
 use fam::{Append, Attend, Backend, Device, Error, InfiniRead, InfiniWrite, Merge, Result, Spans, Spec, Support, ViewMut};
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
+
+/// The CPU, asked once what it can do, with scratch memory for the calling thread.
+pub fn cpu() -> Cpu {
+    static CPU: OnceLock<Cpu> = OnceLock::new();
+    *CPU.get_or_init(|| Cpu::new().unwrap().with_threads(1))
+}
 
 /// When the next error comes, and which; shared by all clones.
 #[derive(Clone, Debug, Default)]
@@ -61,7 +67,7 @@ pub struct Faulty {
 
 impl Faulty {
     pub fn new(faults: Faults) -> Self {
-        Faulty { cpu: Cpu::new().unwrap().with_threads(1), faults }
+        Faulty { cpu: cpu(), faults }
     }
 }
 

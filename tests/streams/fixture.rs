@@ -1,7 +1,7 @@
 //! What the tests share: a layer of streams, and the tensors that a caller feeds it.
 
-use crate::faulty::{Faults, Faulty};
-use fam::cpu::{Bytes, Cpu, CpuPlan, Par};
+use crate::faulty::{Faults, Faulty, cpu};
+use fam::cpu::{Bytes, CpuPlan, Par};
 use fam::{
     Backend, Device, Dtype, InfiniRule, Layout, Pending, Plan, Result, Rows, Shape, Spec, Step, StepInfini, Streams, View,
     ViewMut, Window, bf16, f16,
@@ -212,7 +212,7 @@ pub struct Tensor {
 impl Tensor {
     /// `values` in the layout's dtype; the rest, where there are fewer, is NaN.
     pub fn new(layout: Layout, values: &[f32]) -> Self {
-        let mut tensor = Tensor { mem: Cpu::new().unwrap().alloc(layout.end_bytes().unwrap()).unwrap(), layout };
+        let mut tensor = Tensor { mem: cpu().alloc(layout.end_bytes().unwrap()).unwrap(), layout };
         let (bytes, element) = (BorrowMut::<[u8]>::borrow_mut(&mut tensor.mem), layout.dtype.bytes());
         bytes.fill(0xff);
         for (to, &value) in bytes.chunks_exact_mut(element).zip(values) {

@@ -1,7 +1,8 @@
 //! Calls that are refused at the door: a typed error that names the field, and not a bit of any slot changed.
 
+use crate::faulty::cpu;
 use crate::fixture::{Call, Feed, Layer, shapes};
-use fam::cpu::{Cpu, Par};
+use fam::cpu::Par;
 use fam::{Backend, Device, Error, InfiniRule, Layout, Plan, Shape, Step, View, Window};
 use std::borrow::{Borrow, BorrowMut};
 
@@ -123,7 +124,7 @@ fn compressive_memory_given_or_missing() {
 fn misaligned_memory() {
     let layer = &mut layer(&shapes()[0]);
     let shape = layer.shape();
-    let owned = Cpu::new().unwrap().alloc(1 << 10).unwrap();
+    let owned = cpu().alloc(1 << 10).unwrap();
     let odd = &Borrow::<[u8]>::borrow(&owned)[1..];
     let layout = Layout::tokens(shape.dtype(), [1, 3, shape.kv_heads(), shape.head_dim()]);
     for kept in [false, true] {
@@ -167,7 +168,7 @@ fn a_plan_for_other_streams() {
     let mut layer = layer(&shape);
     let own = layer.plan.clone();
     for other in others {
-        layer.plan = Cpu::new().unwrap().plan(&other.build().unwrap()).unwrap();
+        layer.plan = cpu().plan(&other.build().unwrap()).unwrap();
         let mut call = Call::new(&layer, &[]);
         let refused = |error: fam::Result<()>| {
             assert!(matches!(error, Err(Error::Invalid { field: "plan", .. })), "{error:?} for {:?}", layer.plan.spec());
@@ -180,7 +181,7 @@ fn a_plan_for_other_streams() {
     let before = layer.snapshots();
     // Fewer tokens in a call, of fewer streams: the same streams.
     let small = shape.spec(1, 1).slots(2).build().unwrap();
-    layer.plan = Cpu::new().unwrap().with_threads(1).plan(&small).unwrap();
+    layer.plan = cpu().plan(&small).unwrap();
     assert_eq!(layer.snapshots(), before);
     layer.tokens(0, FEED, 1).unwrap();
 }

@@ -26,8 +26,9 @@ impl Verdict {
         let error = (got - expected).abs();
         self.compared += 1;
         self.worst = self.worst.max(if error == 0.0 { 0.0 } else { error / bound });
-        // Not `error > bound`: a NaN must not pass.
-        if !(error <= bound) {
+        // False where either is NaN.
+        let is_right = error <= bound;
+        if !is_right {
             self.wrong.get_or_insert(Wrong { at: Element { tensor, index }, got, expected, bound });
         }
     }
@@ -113,9 +114,8 @@ impl Call {
         // The same layer with one kv head.
         let shape = Shape::builder().heads(group).kv_heads(1).head_dim(d).block_len(self.case.block_len);
         let shape = shape.window(self.shape.window()).mem_len(mem_len).scale(self.shape.scale()).build()?;
-        let spans: Vec<_> = (0..batch)
-            .map(|n| Span::new(n as u32, history as u64, rows as u32).with_mem_rows(mem_len as u32))
-            .collect();
+        let spans: Vec<_> =
+            (0..batch).map(|n| Span::new(n as u32, history as u64, rows as u32).with_mem_rows(mem_len as u32)).collect();
         let every = |a: &Array<4>, heads: &Range<usize>| cut(a, &(0..a.shape[1]).collect::<Vec<_>>(), heads.clone());
         let memory = |a: &Array<4>, heads: &Range<usize>| every(a, heads).reshape([batch, 1, mem_len, heads.len(), d]);
         let ([q, mem_q], [k, v], [mem_k, mem_v]) = (&self.q, &self.kv, &self.mem);

@@ -36,7 +36,8 @@ pub fn compare(a: &Path, b: &Path, report: &Report) -> Result<Outcome, Failure> 
         let both = if of_a == of_b { of_a.to_string() } else { format!("{of_a}  →  {of_b}") };
         report.line(format!("{field:8} {both}"));
     }
-    report.line(format!("{:9} {:5} {:>7} {:>12} {:>12} {:>7}  95 % interval", "case", "dtype", "threads", "A ms", "B ms", "B / A"));
+    report
+        .line(format!("{:9} {:5} {:>7} {:>12} {:>12} {:>7}  95 % interval", "case", "dtype", "threads", "A ms", "B ms", "B / A"));
     let mut compared = 0;
     for (key, of_a) in &a.cases {
         let Some(of_b) = b.cases.get(key) else { continue };
@@ -74,30 +75,34 @@ pub fn compare(a: &Path, b: &Path, report: &Report) -> Result<Outcome, Failure> 
 fn read(path: &Path) -> Result<Run, Failure> {
     let bad = |reason: String| format!("{}: {reason}", path.display());
     let text = std::fs::read_to_string(path).map_err(|e| bad(e.to_string()))?;
+    Ok(parse(&text).map_err(bad)?)
+}
+
+fn parse(text: &str) -> Result<Run, String> {
     let mut run = Run { environment: Value::Null, cases: BTreeMap::new() };
     for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let bad = |reason: String| bad(format!("line {}: {reason}", number + 1));
+        let bad = |reason: String| format!("line {}: {reason}", number + 1);
         let value: Value = serde_json::from_str(line).map_err(|e| bad(e.to_string()))?;
         match value["type"].as_str() {
             Some("start") if value["version"] != JSON_VERSION => {
-                return Err(bad(format!("version = {}: {JSON_VERSION}", value["version"])).into());
+                return Err(bad(format!("version = {}: {JSON_VERSION}", value["version"])));
             }
             Some("start") => run.environment = value["environment"].clone(),
             Some("perf") => {
                 let timed: Timed = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
                 if timed.samples.is_empty() || timed.samples.iter().any(|s| !s.is_finite() || *s <= 0.0) {
-                    return Err(bad("samples: at least one, each above 0".into()).into());
+                    return Err(bad("samples: at least one, each above 0".into()));
                 }
                 if run.cases.insert((timed.case, timed.dtype, timed.threads), timed.samples).is_some() {
-                    return Err(bad("case: there twice".into()).into());
+                    return Err(bad("case: there twice".into()));
                 }
             }
             Some(_) => {}
-            None => return Err(bad("type = absent: a record of `fam perf --json`".into()).into()),
+            None => return Err(bad("type = absent: a record of `fam perf --json`".into())),
         }
     }
     if run.environment.is_null() || run.cases.is_empty() {
-        return Err(bad("no start record or no perf record: write it with `fam perf --json`".into()).into());
+        return Err("no start record or no perf record: write it with `fam perf --json`".into());
     }
     Ok(run)
 }
@@ -117,6 +122,30 @@ fn interval(a: &[f64], b: &[f64]) -> [f64; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const START: &str = r#"{"type":"start","version":1,"environment":{"cpu":"x"}}"#;
+    const PERF: &str = r#"{"type":"perf","case":"A","dtype":"f32","threads":2,"samples":[0.25,0.5],"later":1}"#;
+
+    #[test]
+    fn files() {
+        let run = parse(&format!("{START}\n\n{{\"type\":\"roof\"}}\n{PERF}\n")).unwrap();
+        assert_eq!(run.cases[&("A".into(), "f32".into(), 2)], [0.25, 0.5]);
+        for (text, reason) in [
+            (String::new(), "no start record"),
+            (START.into(), "no perf record"),
+            (PERF.into(), "no start record"),
+            (format!("{START}\n{PERF}\n{PERF}"), "line 3: case: there twice"),
+            (format!("{START}\n{PERF}").replace("0.25", "0"), "line 2: samples"),
+            (format!("{START}\n{PERF}").replace("0.25", "\"a\""), "line 2: invalid type"),
+            (format!("{START}\n{PERF}").replace("0.25,0.5", ""), "line 2: samples"),
+            (START.replace("1", "2"), "line 1: version = 2"),
+            ("{}".into(), "line 1: type = absent"),
+            ("A 0.25".into(), "line 1: expected value"),
+        ] {
+            let error = parse(&text).err().unwrap();
+            assert!(error.contains(reason), "{error} lacks {reason}");
+        }
+    }
 
     #[test]
     fn interval_holds_the_ratio() {

@@ -2,7 +2,7 @@
 
 use super::case::PerfCase;
 use fam::{Backend, Device, Dtype, Layout, Plan, Result, Rows, Shape, Step, StepInfini, Streams, View, ViewMut};
-use fam_testkit::{Harness, Owned, Queue, Rng, Tensor};
+use fam_testkit::{Harness, Mem, Owned, Queue, Rng, Tensor};
 use std::borrow::{Borrow, BorrowMut};
 
 /// Decode goes round streams whose keys and values together take at least so many bytes: several times the last cache of most machines.
@@ -49,7 +49,45 @@ impl Inputs {
 }
 
 /// A tensor in device memory.
-type Held<H> = (Owned<H>, Layout);
+struct Held<H: Harness> {
+    mem: Owned<H>,
+    layout: Layout,
+}
+
+impl<H: Harness> Held<H> {
+    fn input(h: &H, data: &[u8], layout: Layout) -> Result<Self> {
+        Ok(Held { mem: h.upload(data)?, layout })
+    }
+
+    /// A tensor of the same layout as `like`.
+    fn output(h: &H, like: &Self) -> Result<Self> {
+        Ok(Held { mem: h.backend().alloc(like.bytes())?, layout: like.layout })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.layout.end_bytes().unwrap_or(u64::MAX)
+    }
+
+    fn view(&self) -> View<'_, Mem<H>> {
+        View::new(self.mem.borrow(), self.layout)
+    }
+
+    fn view_mut(&mut self) -> ViewMut<'_, Mem<H>> {
+        ViewMut::new(self.mem.borrow_mut(), self.layout)
+    }
+
+    /// Rows `first .. first + count` of a tensor of tokens.
+    fn rows(&self, first: usize, count: usize) -> View<'_, Mem<H>> {
+        let mut layout = self.layout.with_offset(first * self.layout.stride[2]);
+        layout.shape[2] = count;
+        View::new(self.mem.borrow(), layout)
+    }
+
+    fn download(&self, h: &H, shape: &[usize]) -> Result<Tensor> {
+        let data = h.download(&self.mem, self.bytes() as usize)?;
+        Ok(Tensor { dtype: self.layout.dtype, shape: shape.to_vec(), data })
+    }
+}
 
 /// The device's copy of [`Inputs`], and outputs.
 struct Buffers<H: Harness> {
@@ -93,21 +131,19 @@ where
         let spec = shape.spec(case.batch, case.block_len).slots(case.batch * groups);
         let plan = backend.plan(&spec.build()?)?;
         let inputs = Inputs::new(&case, dtype);
-        let input = |t: &Tensor, layout: Layout| Ok::<_, fam::Error>((h.upload(&t.data)?, layout));
-        let output = |t: &Held<H>| Ok::<_, fam::Error>((backend.alloc(t.1.end_bytes().unwrap_or(0))?, t.1));
-        let tokens = |t: &Tensor| input(t, Layout::tokens(dtype, std::array::from_fn(|axis| t.shape[axis])));
-        let memory = |t: &Tensor| input(t, Layout::packed(dtype, std::array::from_fn(|axis| t.shape[axis])));
+        let tokens = |t: &Tensor| Held::input(h, &t.data, Layout::tokens(dtype, std::array::from_fn(|axis| t.shape[axis])));
+        let memory = |t: &Tensor| Held::input(h, &t.data, Layout::packed(dtype, std::array::from_fn(|axis| t.shape[axis])));
         let (q, mem_q) = (tokens(&inputs.q)?, memory(&inputs.mem_q)?);
         let buffers = Buffers {
-            o: output(&q)?,
-            mem_o: output(&mem_q)?,
+            o: Held::output(h, &q)?,
+            mem_o: Held::output(h, &mem_q)?,
             q,
             mem_q,
             k: tokens(&inputs.k)?,
             v: tokens(&inputs.v)?,
             mem_k: memory(&inputs.mem_k)?,
             mem_v: memory(&inputs.mem_v)?,
-            beta: input(&inputs.beta, Layout::per_head(case.heads))?,
+            beta: Held::input(h, &inputs.beta.data, Layout::per_head(case.heads))?,
         };
         let slots = |group| (0..case.batch).map(|n| (group * case.batch + n) as u32).collect();
         let mut driver = Driver {
@@ -158,25 +194,20 @@ where
         let Self { case, inputs, plan, streams, scratch, buffers: b, groups, turn, .. } = self;
         let slots: &[u32] = &groups[*turn];
         let position = streams.position(slots[0])?;
-        let view = |(owned, layout): &'_ Held<H>| View::new(owned.borrow(), *layout);
         if case.mem_len > 0 && position.is_multiple_of(block_len as u64) {
-            streams.set_memory(plan, queue, slots, view(&b.mem_k), view(&b.mem_v), scratch.borrow_mut())?;
+            streams.set_memory(plan, queue, slots, b.mem_k.view(), b.mem_v.view(), scratch.borrow_mut())?;
         }
         let first = (position % inputs.k.shape[1] as u64) as usize;
-        let keys = |(owned, layout): &'_ Held<H>| {
-            let mut layout = layout.with_offset(first * layout.stride[2]);
-            layout.shape[2] = rows;
-            View::new(owned.borrow(), layout)
-        };
-        let mut step = Step::new(slots, keys(&b.k), keys(&b.v));
+        let (k, v) = (b.k.rows(first, rows), b.v.rows(first, rows));
+        let mut step = Step::new(slots, k, v);
         if attends {
-            step = step.rows(Rows::new(view(&b.q), ViewMut::new(b.o.0.borrow_mut(), b.o.1)));
+            step = step.rows(Rows::new(b.q.view(), b.o.view_mut()));
             if case.mem_len > 0 && case.is_block() {
-                step = step.mem_rows(Rows::new(view(&b.mem_q), ViewMut::new(b.mem_o.0.borrow_mut(), b.mem_o.1)));
+                step = step.mem_rows(Rows::new(b.mem_q.view(), b.mem_o.view_mut()));
             }
         }
         if case.infini.is_some() {
-            step = step.infini(StepInfini { q: view(&b.q), k: keys(&b.k), beta: view(&b.beta) });
+            step = step.infini(StepInfini { q: b.q.view(), k, beta: b.beta.view() });
         }
         let pending = streams.step(plan, queue, step, scratch.borrow_mut())?;
         if case.is_block() || position < history as u64 {
@@ -187,11 +218,8 @@ where
 
     /// `o` and `mem_o` of the last call.
     pub fn outputs(&self) -> Result<[Tensor; 2]> {
-        let host = |(owned, layout): &Held<H>, shape: &[usize]| {
-            let data = self.h.download(owned, layout.end_bytes().unwrap_or(0) as usize)?;
-            Ok::<_, fam::Error>(Tensor { dtype: layout.dtype, shape: shape.to_vec(), data })
-        };
-        Ok([host(&self.buffers.o, &self.inputs.q.shape)?, host(&self.buffers.mem_o, &self.inputs.mem_q.shape)?])
+        let Buffers { o, mem_o, .. } = &self.buffers;
+        Ok([o.download(self.h, &self.inputs.q.shape)?, mem_o.download(self.h, &self.inputs.mem_q.shape)?])
     }
 
     /// The compressive memory of the first stream as the next call reads it: m `[Hkv, D, D]` and z `[Hkv, D]`; `None` without one.

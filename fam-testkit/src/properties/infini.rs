@@ -36,10 +36,11 @@ fn sums(file: &CaseFile, k: &[f64], v: &[f64], [n, h]: [usize; 2], seen: usize) 
     (m, z)
 }
 
-fn un_rotated(file: &CaseFile) -> Result<(Vec<f64>, Vec<f64>, Vec<f64>), Stop> {
+/// Un-rotated q and k, and β.
+fn un_rotated(file: &CaseFile) -> Result<[Vec<f64>; 3], Stop> {
     let infini = file.infini.as_ref().ok_or_else(|| Stop::Failed("no compressive memory".into()))?;
     let (q, k) = (infini.q.as_ref().unwrap_or(&file.q), infini.k.as_ref().unwrap_or(&file.k));
-    Ok((q.values(), k.values(), infini.beta.values()))
+    Ok([q.values(), k.values(), infini.beta.values()])
 }
 
 /// Whole tokens: those in whole segments.
@@ -54,13 +55,13 @@ where
     H::Backend: Clone,
 {
     let mut file = plain(seed, InfiniRule::Linear, None)?;
-    let (q, k, beta) = un_rotated(&file)?;
+    let [q, k, beta] = un_rotated(&file)?;
     let v = file.v.values();
     let s = file.shape;
     let (heads, kv_heads, d, b) = (s.heads(), s.kv_heads(), s.head_dim(), s.block_len());
     let mut o = dense(&file);
     for (n, t) in (0..file.batch).flat_map(|n| (0..file.lengths[n] as usize).map(move |t| (n, t))) {
-        for head in 0..heads {
+        for (head, &beta) in beta.iter().enumerate() {
             let at = ((n * file.tokens + t) * heads + head) * d;
             // σ is homogeneous in exp(max) where all of q is below 0: shift by it, as any reader must.
             let shift = q[at..at + d].iter().copied().fold(f64::NEG_INFINITY, f64::max).min(0.0);
@@ -72,7 +73,7 @@ where
                 den += w;
                 a.iter_mut().zip(&v[row..row + d]).for_each(|(a, v)| *a += w * v);
             }
-            let g = fam_ref::gate(beta[head]);
+            let g = fam_ref::gate(beta);
             for (o, a) in o[at..at + d].iter_mut().zip(a) {
                 *o = (1.0 - g) * *o + if den > 0.0 { g * a / den } else { 0.0 };
             }
@@ -92,7 +93,7 @@ where
     let tokens = plain(seed, InfiniRule::Linear, None)?.tokens;
     for block_len in [1, 2, 7, 16, tokens] {
         let mut file = plain(seed, InfiniRule::Linear, Some(block_len))?;
-        let (_, k, _) = un_rotated(&file)?;
+        let [_, k, _] = un_rotated(&file)?;
         let v = file.v.values();
         let (mut m, mut z) = (Vec::new(), Vec::new());
         for (n, head) in (0..file.batch).flat_map(|n| (0..file.shape.kv_heads()).map(move |h| (n, h))) {
@@ -116,7 +117,7 @@ where
     let mut linear = plain(seed, InfiniRule::Linear, None)?;
     constant_values(&mut linear);
     let s = linear.shape;
-    let (v, beta) = (linear.v.values(), un_rotated(&linear)?.2);
+    let (v, [_, _, beta]) = (linear.v.values(), un_rotated(&linear)?);
     let (heads, d) = (s.heads(), s.head_dim());
     let mut o = vec![0.0; linear.q.values().len()];
     for (n, t, head) in positions(&linear, heads) {

@@ -29,7 +29,8 @@ pub(super) fn splits<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, St
     cuts.sort_unstable();
     let s = &base.shape;
     let builder = Shape::builder().heads(s.heads()).kv_heads(s.kv_heads()).head_dim(s.head_dim());
-    let shape = builder.block_len(s.block_len()).window(Window::Tokens(keys as usize)).dtype(s.dtype()).scale(s.scale()).build()?;
+    let shape =
+        builder.block_len(s.block_len()).window(Window::Tokens(keys as usize)).dtype(s.dtype()).scale(s.scale()).build()?;
     // A query has no position: the same one ends each part.
     let part = |first: u64, end: u64| Case {
         shape,
@@ -83,7 +84,12 @@ pub(super) fn splits<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, St
                 let error = bound.o(&Condition { o, a, ..c }) + 2.0 * a * lse_error + weights;
                 near.element(Element { tensor: "o", index: [n, 0, 0, head, x] }, got, o, error);
             }
-            near.element(Element { tensor: "lse", index: [n, 0, 0, head, 0] }, merged.lse.row(&at)[0], expected.lse[at], lse_error);
+            near.element(
+                Element { tensor: "lse", index: [n, 0, 0, head, 0] },
+                merged.lse.row(&at)[0],
+                expected.lse[at],
+                lse_error,
+            );
         }
     }
     near.conclude(&whole)

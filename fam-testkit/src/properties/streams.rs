@@ -119,6 +119,11 @@ where
     right(h, &file, Mode::Prefill)
 }
 
+/// Where a block of a stream runs: in turn in four slots of two `Streams`.
+fn turn<S>(pair: &mut [S; 2], block: usize) -> (&mut S, u32) {
+    (&mut pair[block % 2], (block / 2 % 2) as u32)
+}
+
 /// 8, bitwise: every block in another slot of another `Streams` than the block before, by snapshot and restore. The file's streams use
 /// the same slots one after the other: a slot that was reset is a fresh one.
 pub(super) fn boundary<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, Stop>
@@ -144,7 +149,7 @@ where
         while first < length {
             let block = (into + first) / b;
             let tokens = first..((block + 1) * b - into).min(length);
-            let (streams, slot) = (&mut pair[block % 2], (block as u32 / 2) % 2);
+            let (streams, slot) = turn(&mut pair, block);
             let one = n..n + 1;
             let shape = [1, 1, tokens.len(), s.heads(), s.head_dim()];
             let o_layout = Layout::packed(s.dtype(), shape);
@@ -181,9 +186,12 @@ where
             let row = s.heads() * s.head_dim() * size;
             let at = (n * file.tokens + first) * row;
             if got != whole["o"].data[at..at + tokens.len() * row] {
-                return Err(Stop::Failed(format!("{}: stream {n}, block {block} differs after snapshot and restore", file.source)));
+                return Err(Stop::Failed(format!(
+                    "{}: stream {n}, block {block} differs after snapshot and restore",
+                    file.source
+                )));
             }
-            let (next, slot) = (&mut pair[(block + 1) % 2], ((block as u32 + 1) / 2) % 2);
+            let (next, slot) = turn(&mut pair, block + 1);
             h.run(&mut |queue| next.restore(&plan, queue, slot, &snapshot, scratch.borrow_mut()))?;
             first = tokens.end;
         }

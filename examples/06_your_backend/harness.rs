@@ -1,7 +1,8 @@
-//! What surrounds the loops: rows in memory, and for tests and `Streams` the memory itself.
+//! What surrounds the loops: rows in memory, and for the suite the memory itself and a queue.
 
 use crate::Loops;
 use fam::*;
+use fam_testkit::Harness;
 use std::ops::Range;
 
 /// What was asked for, and what was answered.
@@ -78,5 +79,16 @@ impl Device for Loops {
         _: ViewMut<'_, [u8]>,
     ) -> Result<()> {
         Err(Error::no_kernel(Op::Append, plan.0.shape().dtype(), self.name()))
+    }
+}
+
+impl Harness for Loops {
+    type Backend = Self;
+
+    fn backend(&self) -> &Self {
+        self
+    }
+    fn run(&self, work: &mut dyn FnMut(&mut ()) -> Result<()>) -> Result<()> {
+        work(&mut ())
     }
 }
