@@ -19,8 +19,8 @@ const KV_HEADS: usize = 2;
 const HEAD_DIM: usize = 64;
 
 fn main() -> fam::Result<()> {
-    let shape = Shape::builder().heads(HEADS).kv_heads(KV_HEADS).head_dim(HEAD_DIM).block_len(64).window(Window::Blocks(1));
-    let shape = shape.build()?;
+    let shape =
+        Shape::builder().heads(HEADS).kv_heads(KV_HEADS).head_dim(HEAD_DIM).block_len(64).window(Window::Blocks(1)).build()?;
 
     // The kernel is chosen once, for the largest call.
     let cpu = Cpu::new()?;

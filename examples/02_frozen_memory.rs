@@ -17,8 +17,14 @@ const KV_HEADS: usize = 2;
 const HEAD_DIM: usize = 32;
 
 fn main() -> fam::Result<()> {
-    let shape = Shape::builder().heads(HEADS).kv_heads(KV_HEADS).head_dim(HEAD_DIM).block_len(BLOCK).window(Window::Blocks(1));
-    let shape = shape.mem_len(SINKS).build()?;
+    let shape = Shape::builder()
+        .heads(HEADS)
+        .kv_heads(KV_HEADS)
+        .head_dim(HEAD_DIM)
+        .block_len(BLOCK)
+        .window(Window::Blocks(1))
+        .mem_len(SINKS)
+        .build()?;
     let cpu = Cpu::new()?;
     let plan = cpu.plan(&shape.spec(1, BLOCK).build()?)?;
     let mut streams = Streams::new(cpu, &plan)?;

@@ -17,14 +17,21 @@ use fam_ref::layer::{Config, Layer, LayerState, Projected, Random, Stack};
 const BLOCKS: usize = 20;
 const BLOCK: usize = 32;
 const MEM: usize = 8;
+const WINDOW: usize = 2;
 const D_MODEL: usize = 128;
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const HEAD_DIM: usize = 32;
 
 fn main() -> Result<()> {
-    let shape = Shape::builder().heads(HEADS).kv_heads(KV_HEADS).head_dim(HEAD_DIM).block_len(BLOCK).window(Window::Blocks(2));
-    let shape = shape.mem_len(MEM).build()?;
+    let shape = Shape::builder()
+        .heads(HEADS)
+        .kv_heads(KV_HEADS)
+        .head_dim(HEAD_DIM)
+        .block_len(BLOCK)
+        .window(Window::Blocks(WINDOW))
+        .mem_len(MEM)
+        .build()?;
     let stack = Stack::random(&Config { shape, d_model: D_MODEL, d_ff: 2 * D_MODEL, layers: 1, feedback_norm: true }, 1);
     let (layer, prompt) = (&stack.layers[0], &stack.prompt);
     let mut random = Random::new(2);
@@ -107,8 +114,8 @@ fn narrow(rows: &Projected) -> [Vec<f32>; 3] {
 fn naive_attention(shape: &Shape, past: &mut Vec<[Vec<f32>; 3]>, tokens: &Projected, mem: &Projected) -> [Vec<f32>; 2] {
     let mem = narrow(mem);
     past.push(narrow(tokens));
-    let (window, block) = past[past.len().saturating_sub(3)..].split_at(past.len().min(3) - 1);
-    let [q, ..] = &block[0];
+    let (block, before) = past.split_last().expect("there is a block");
+    let window = &before[before.len().saturating_sub(WINDOW)..];
     // Head `h` of row `row`.
     let at = |x: &[f32], heads: usize, row: usize, h: usize| x[(row * heads + h) * HEAD_DIM..][..HEAD_DIM].to_vec();
     let keys = |[_, k, v]: &[Vec<f32>; 3], rows: usize, h: usize| -> Vec<_> {
@@ -118,11 +125,11 @@ fn naive_attention(shape: &Shape, past: &mut Vec<[Vec<f32>; 3]>, tokens: &Projec
     let mut outputs = [Vec::new(), Vec::new()];
     for (row, h) in (0..BLOCK).flat_map(|row| (0..HEADS).map(move |h| (row, h))) {
         let window = window.iter().flat_map(|past| keys(past, BLOCK, h));
-        let visible = window.chain(keys(&mem, MEM, h)).chain(keys(&block[0], row + 1, h)).collect::<Vec<_>>();
-        outputs[0].extend(softmax(&at(q, HEADS, row, h), &visible, shape.scale()));
+        let visible = window.chain(keys(&mem, MEM, h)).chain(keys(block, row + 1, h)).collect::<Vec<_>>();
+        outputs[0].extend(softmax(&at(&block[0], HEADS, row, h), &visible, shape.scale()));
     }
     for (row, h) in (0..MEM).flat_map(|row| (0..HEADS).map(move |h| (row, h))) {
-        let visible = [keys(&mem, MEM, h), keys(&block[0], BLOCK, h)].concat();
+        let visible = [keys(&mem, MEM, h), keys(block, BLOCK, h)].concat();
         outputs[1].extend(softmax(&at(&mem[0], HEADS, row, h), &visible, shape.scale()));
     }
     outputs

@@ -23,8 +23,14 @@ struct Layer {
 
 impl Layer {
     fn new(slots: usize) -> Result<Self> {
-        let shape = Shape::builder().heads(HEADS).kv_heads(KV_HEADS).head_dim(HEAD_DIM).block_len(BLOCK);
-        let shape = shape.window(Window::Blocks(2)).mem_len(MEM).build()?;
+        let shape = Shape::builder()
+            .heads(HEADS)
+            .kv_heads(KV_HEADS)
+            .head_dim(HEAD_DIM)
+            .block_len(BLOCK)
+            .window(Window::Blocks(2))
+            .mem_len(MEM)
+            .build()?;
         let cpu = Cpu::new()?;
         let plan = cpu.plan(&shape.spec(1, BLOCK).slots(slots).build()?)?;
         Ok(Layer { streams: Streams::new(cpu, &plan)?, scratch: vec![0; plan.support().scratch_bytes as usize], plan })

@@ -4,8 +4,8 @@
 
 use fam::cpu::{Cpu, Par, Pool};
 use fam::{
-    Attend, Backend, BackendName, Device, Dtype, Error, Keys, Layout, Plan, Result, Rows, Shape, ShapeBuilder, Span, Spans, View, ViewMut,
-    Window,
+    Attend, Backend, BackendName, Device, Dtype, Error, Keys, Layout, Plan, Result, Rows, Shape, ShapeBuilder, Span, Spans, View,
+    ViewMut, Window,
 };
 use rayon::prelude::*;
 
@@ -64,7 +64,8 @@ impl Problem {
         let kv = |data| View::tokens(data, [1, TOKENS, 1, D]);
         let mem = |data, heads| View::of(data, Layout::packed(Dtype::F32, [1, blocks, 2, heads, D]));
         let rows = Rows::new(View::tokens(&self.q, [1, TOKENS, HEADS, D]), ViewMut::tokens(o, [1, TOKENS, HEADS, D]));
-        let mem_rows = Rows::new(mem(&self.mem_q, HEADS), ViewMut::of(mem_o, Layout::packed(Dtype::F32, [1, blocks, 2, HEADS, D])));
+        let mem_rows =
+            Rows::new(mem(&self.mem_q, HEADS), ViewMut::of(mem_o, Layout::packed(Dtype::F32, [1, blocks, 2, HEADS, D])));
         let args = Attend::new(Spans::Host(std::slice::from_ref(&self.span)), Keys::Strided { k: kv(&self.k), v: kv(&self.v) })
             .rows(rows.lse(ViewMut::tokens(lse, [1, TOKENS, HEADS, 1])))
             .mem_rows(mem_rows)
@@ -197,7 +198,8 @@ fn wrong_arguments_are_named_and_nothing_is_written() {
         let mut out = vec![9.0f32; TOKENS * HEADS * D];
         let keys = Keys::Strided { k: View::new(bytes, kv), v: View::new(bytes, kv) };
         let rows = Rows::new(View::new(q, layout), ViewMut::of(&mut out, o));
-        let done = cpu.attend(&plan, &mut Par::Serial, Attend::new(Spans::Host(spans), keys).rows(rows), &mut scratch[..scratch_len]);
+        let done =
+            cpu.attend(&plan, &mut Par::Serial, Attend::new(Spans::Host(spans), keys).rows(rows), &mut scratch[..scratch_len]);
         assert!(done.is_ok() || out.iter().all(|x| *x == 9.0), "a refused call wrote");
         done.map_err(|error| match error {
             Error::Invalid { field, .. } => field,

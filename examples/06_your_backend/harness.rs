@@ -3,30 +3,6 @@
 use crate::Loops;
 use fam::*;
 use fam_testkit::Harness;
-use std::ops::Range;
-
-/// What was asked for, and what was answered.
-pub struct LoopsPlan(pub Spec, pub Support);
-
-impl Plan for LoopsPlan {
-    fn spec(&self) -> &Spec {
-        &self.0
-    }
-    fn support(&self) -> &Support {
-        &self.1
-    }
-}
-
-/// A call's spans; those that lie in memory were not checked by anyone yet.
-pub fn spans(spans: &Spans<'_, [u8]>, spec: &Spec) -> Vec<Span> {
-    match *spans {
-        Spans::Host(spans) => spans.to_vec(),
-        Spans::Device { mem, batch } => {
-            let spans = mem.chunks_exact(size_of::<Span>()).take(batch);
-            spans.map(|bytes| bytemuck::pod_read_unaligned::<Span>(bytes).clamped(spec)).collect()
-        }
-    }
-}
 
 /// All of `0..a` × `0..b` × `0..c`.
 pub fn indices([a, b, c]: [usize; 3]) -> impl Iterator<Item = (usize, usize, usize)> {
@@ -60,25 +36,6 @@ impl Device for Loops {
     }
     fn synchronize(&self, _: &mut ()) -> Result<()> {
         Ok(())
-    }
-    fn clear(&self, _: &mut (), mem: &mut [u8], at: Range<u64>) -> Result<()> {
-        mem[at.start as usize..at.end as usize].fill(0);
-        Ok(())
-    }
-    fn copy_within(&self, _: &mut (), mem: &mut [u8], from: Range<u64>, to: u64) -> Result<()> {
-        mem.copy_within(from.start as usize..from.end as usize, to as usize);
-        Ok(())
-    }
-    fn read_ring(
-        &self,
-        plan: &LoopsPlan,
-        _: &mut (),
-        _: Spans<'_, [u8]>,
-        _: &[u8],
-        _: ViewMut<'_, [u8]>,
-        _: ViewMut<'_, [u8]>,
-    ) -> Result<()> {
-        Err(Error::no_kernel(Op::Append, plan.0.shape().dtype(), self.name()))
     }
 }
 

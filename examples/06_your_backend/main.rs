@@ -9,7 +9,7 @@ mod harness;
 
 use fam::*;
 use fam_testkit::{Budget, Filter, SuiteOptions, run_suite};
-use harness::{LoopsPlan, load, store};
+use harness::{load, store};
 
 struct Loops {
     has_bug: bool,
@@ -18,7 +18,7 @@ struct Loops {
 impl Backend for Loops {
     type Mem = [u8];
     type Queue<'q> = ();
-    type Plan = LoopsPlan;
+    type Plan = (Spec, Support);
 
     fn name(&self) -> &'static str {
         "loops"
@@ -31,17 +31,17 @@ impl Backend for Loops {
         }
         Ok(Support::new(vec![(KernelId { backend: "loops", op: Op::Attend, dtype: Dtype::F32, variant: "plain" }, 1)]))
     }
-    fn plan(&self, spec: &Spec) -> Result<LoopsPlan> {
-        Ok(LoopsPlan(spec.clone(), self.support(spec)?))
+    fn plan(&self, spec: &Spec) -> Result<Self::Plan> {
+        Ok((spec.clone(), self.support(spec)?))
     }
-    fn attend(&self, plan: &LoopsPlan, _: &mut (), args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
+    fn attend(&self, plan: &Self::Plan, _: &mut (), args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
         args.validate(plan, scratch)?;
-        let (shape, spans) = (plan.spec().shape(), harness::spans(&args.spans, plan.spec()));
-        let Attend { rows, mem_rows, keys: Keys::Strided { k, v }, mem, sink, .. } = args else {
+        let shape = plan.spec().shape();
+        let Attend { spans, rows, mem_rows, keys: Keys::Strided { k, v }, mem, sink, .. } = args else {
             return Err(Error::unsupported("keys", "a ring", "linear caches"));
         };
         for (mut rows, is_mem) in rows.map(|r| (r, false)).into_iter().chain(mem_rows.map(|r| (r, true))) {
-            for (n, span) in spans.iter().enumerate() {
+            for (n, span) in (0..spans.batch()).map(|n| (n, spans.get(n, plan.spec()))) {
                 let blocks = span.blocks(shape.block_len());
                 let (blocks, len) = if is_mem { (blocks, shape.mem_len()) } else { (1, span.len as usize) };
                 for (i, t, h) in harness::indices([blocks, len, shape.heads()]) {

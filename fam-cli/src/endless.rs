@@ -56,14 +56,14 @@ impl Job for Endless<'_> {
             grouped(found.state_bytes)
         ));
         match growth {
-            Some(growth) => report.line(format!("  memory    the process grew by {} bytes after its first tenth", grouped(growth))),
+            Some(growth) => {
+                report.line(format!("  memory    the process grew by {} bytes after its first tenth", grouped(growth)))
+            }
             None => report.line("  memory    this system does not tell the size of a process"),
         }
         match found.period {
-            Some(period) => report.line(format!(
-                "  repeats   {} blocks equal, bit for bit, those {period} blocks before",
-                grouped(found.repeated)
-            )),
+            Some(period) => report
+                .line(format!("  repeats   {} blocks equal, bit for bit, those {period} blocks before", grouped(found.repeated))),
             None => report.line("  repeats   none: a compressive memory never forgets"),
         }
         report.line(format!("  checked   {} random blocks, worst error {:.3} of its bound", found.checked, found.worst));

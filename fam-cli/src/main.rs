@@ -45,8 +45,11 @@ enum Command {
 }
 
 /// What a command found.
+#[derive(Clone, Copy, Debug)]
 pub enum Outcome {
+    /// Every result is right.
     Right,
+    /// A result is wrong, or nothing was tested.
     Wrong,
 }
 

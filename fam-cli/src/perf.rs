@@ -9,7 +9,7 @@ mod roof;
 use crate::backend::{self, Job};
 use crate::report::Report;
 use crate::{Failure, Outcome};
-use case::{CASES, PerfCase};
+use case::{CASES, PerfCase, Work};
 use check::Verdict;
 use driver::Driver;
 use fam::{Backend, Dtype};
@@ -20,8 +20,8 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// The roof is measured so many times between the samples of a case, so that a machine that slows down slows both.
-const PROBES: u32 = 8;
+/// Rounds of a case, each of the roof and then samples: a machine that slows down for a while slows both.
+const ROUNDS: u32 = 8;
 
 /// Speed, as a share of what this machine can do.
 #[derive(clap::Args)]
@@ -124,53 +124,69 @@ impl Job for Measure<'_> {
     }
 }
 
-/// Seconds of each sample, and the roofs that were measured between them.
-fn time<H: Harness>(driver: &mut Driver<'_, H>, probe: &Probe, seconds: f64) -> Result<(Vec<f64>, Vec<Rates>), Failure>
+/// Samples of a case in seconds, and what the machine could do right before them.
+struct Round {
+    rates: Rates,
+    samples: Vec<f64>,
+}
+
+impl Round {
+    /// Seconds of one sample under the roof.
+    fn roof(&self, case: &PerfCase, work: &Work) -> f64 {
+        match case.is_bound_by_memory() {
+            true => work.bytes / self.rates.bytes,
+            false => work.flops / self.rates.flops + work.exps / self.rates.exps,
+        }
+    }
+}
+
+fn time<H: Harness>(driver: &mut Driver<'_, H>, probe: &Probe, seconds: f64) -> fam::Result<Vec<Round>>
 where
     H::Backend: Clone,
 {
-    let (mut samples, mut rates) = (Vec::new(), Vec::new());
-    for _ in 0..PROBES {
-        rates.push(probe.measure());
+    let part = Duration::from_secs_f64(seconds) / ROUNDS;
+    let round = |_| {
+        let mut round = Round { rates: probe.measure(), samples: Vec::new() };
         // The probe has emptied the caches.
         driver.sample()?;
-        let part = Duration::from_secs_f64(seconds) / PROBES;
         let first = Instant::now();
         loop {
             let start = Instant::now();
             driver.sample()?;
-            samples.push(start.elapsed().as_secs_f64());
+            round.samples.push(start.elapsed().as_secs_f64());
             if first.elapsed() >= part {
-                break;
+                return Ok(round);
             }
         }
-    }
-    Ok((samples, rates))
+    };
+    (0..ROUNDS).map(round).collect()
 }
 
 fn say<H: Harness>(
     driver: &Driver<'_, H>,
     threads: usize,
     verdict: &Verdict,
-    measured: Option<(Vec<f64>, Vec<Rates>)>,
+    rounds: Option<Vec<Round>>,
     report: &Report,
     bar: &ProgressBar,
 ) where
     H::Backend: Clone,
 {
     let (case, dtype) = (&driver.case, driver.shape.dtype());
-    let Some((samples, rates)) = measured else {
+    let Some(rounds) = rounds else {
         let wrong = verdict.wrong.map_or_else(String::new, |wrong| wrong.to_string());
         bar.suspend(|| report.line(format!("{:9} {:5} WRONG, so not timed: {wrong}", case.name, dtype.name())));
         report.record("wrong", json!({ "case": case.name, "dtype": dtype.name(), "threads": threads, "wrong": wrong }));
         return;
     };
-    let (work, rate, median) = (case.work(dtype), Rates::median(&rates), median(&samples));
-    let roof = match case.is_bound_by_memory() {
-        true => work.bytes / rate.bytes,
-        false => work.flops / rate.flops + work.exps / rate.exps,
-    };
-    let gb_per_s = case.is_bound_by_memory().then_some(work.bytes / median / 1e9);
+    let work = case.work(dtype);
+    let of_rounds = |value: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(value).collect::<Vec<_>>());
+    let roof = of_rounds(&|round| round.roof(case, &work));
+    let share = of_rounds(&|round| round.roof(case, &work) / median(&round.samples));
+    let samples: Vec<f64> = rounds.iter().flat_map(|round| round.samples.iter().copied()).collect();
+    let rates: Vec<Rates> = rounds.iter().map(|round| round.rates).collect();
+    let median = median(&samples);
+    let gb_per_s = case.is_bound_by_memory().then(|| format!("{:.1}", work.bytes / median / 1e9));
     bar.suspend(|| {
         report.line(format!(
             "{:9} {:5} {:10.3} {:9.1} {:>8} {:9.3} {:6.0} %",
@@ -178,20 +194,18 @@ fn say<H: Harness>(
             dtype.name(),
             median * 1e3,
             work.flops / median / 1e9,
-            gb_per_s.map_or_else(String::new, |rate| format!("{rate:.1}")),
+            gb_per_s.unwrap_or_default(),
             roof * 1e3,
-            100.0 * roof / median
+            100.0 * share
         ));
     });
-    report.record(
-        "roof",
-        json!({ "case": case.name, "dtype": dtype.name(), "threads": threads, "rates": rates, "median": rate, "seconds": roof }),
-    );
+    report
+        .record("roof", json!({ "case": case.name, "dtype": dtype.name(), "threads": threads, "rates": rates, "seconds": roof }));
     report.record(
         "perf",
         json!({ "case": case.name, "what": case.what, "dtype": dtype.name(), "threads": threads, "kernel": driver.kernel(),
                 "compared": verdict.compared, "worst": verdict.worst, "calls": case.calls, "flops": work.flops, "exps": work.exps,
-                "bytes": work.bytes, "samples": samples, "median": median, "share": roof / median }),
+                "bytes": work.bytes, "samples": samples, "median": median, "share": share }),
     );
 }
 

@@ -18,7 +18,10 @@ impl Report {
     /// Starts a report; in JSON its first line is the environment.
     pub fn new(json: bool, command: &str) -> Self {
         let report = Report { json };
-        report.record("start", json!({ "version": JSON_VERSION, "command": command, "environment": crate::environment::describe() }));
+        report.record(
+            "start",
+            json!({ "version": JSON_VERSION, "command": command, "environment": crate::environment::describe() }),
+        );
         report
     }
 

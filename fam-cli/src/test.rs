@@ -79,12 +79,7 @@ impl Args {
     }
 
     fn case_filter(&self) -> Filter {
-        Filter {
-            ops: self.op.into_iter().collect(),
-            dtypes: self.dtype.into_iter().collect(),
-            text: self.filter.clone(),
-            ..Filter::default()
-        }
+        Filter { ops: self.op.into_iter().collect(), dtypes: self.dtype.into_iter().collect(), text: self.filter.clone() }
     }
 
     fn level(&self) -> Level {
@@ -190,5 +185,8 @@ fn generated<H: Harness + Sync>(h: &H, args: &Args, report: &Report, tally: &mut
     if let Some((dtype, share)) = suite.biased() {
         tally.fail(report, "rounding bias", &format!("{dtype} outputs lean to one side by {share:.3} of u·mean(A)"));
     }
-    report.record("suite", json!({ "seed": args.seed, "digest": format!("{:016x}", suite.digest), "worst": suite.worst.map(|(w, _)| w.ratio) }));
+    report.record(
+        "suite",
+        json!({ "seed": args.seed, "digest": format!("{:016x}", suite.digest), "worst": suite.worst.map(|(w, _)| w.ratio) }),
+    );
 }

@@ -62,7 +62,7 @@ fn bad_case_files_are_refused_in_one_line() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("case.safetensors");
     let name = path.to_str().expect("UTF-8");
-    let mut check = |tensors: &[Zeros], metadata: &[(&str, &str)], words: &[&str]| {
+    let check = |tensors: &[Zeros], metadata: &[(&str, &str)], words: &[&str]| {
         file(&path, tensors, metadata, 1024);
         refused(&["run", name], words);
     };
@@ -167,7 +167,8 @@ fn outputs_are_judged_and_the_first_wrong_element_is_named() {
     let value = f32::from_le_bytes(o[at..at + 4].try_into().expect("4 bytes"));
     o[at..at + 4].copy_from_slice(&(value + 1e-3).to_le_bytes());
     let view = TensorView::new(safetensors::Dtype::F32, vec![2, 154, 9, 64], &o).expect("a view");
-    std::fs::write(&output, safetensors::serialize([("o", view)], None::<HashMap<String, String>>).expect("bytes")).expect("written");
+    std::fs::write(&output, safetensors::serialize([("o", view)], None::<HashMap<String, String>>).expect("bytes"))
+        .expect("written");
     let judged = fam(&["check", case, out]);
     assert_eq!(judged.status.code(), Some(1));
     let text = String::from_utf8_lossy(&judged.stdout).to_string();

@@ -104,3 +104,43 @@ impl<'a, M: Memory + ?Sized> Append<'a, M> {
         )
     }
 }
+
+/// Copies cached keys and values out of a ring: the inverse of [`Append::rows`], for snapshots.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct ReadRing<'a, M: ?Sized> {
+    /// Which tokens, and each stream's slot. All of them are in the ring.
+    pub spans: Spans<'a, M>,
+    /// The key ring, in the backend's own layout.
+    pub ring: &'a M,
+    /// `[N, 1, L, Hkv, D]` in the shape's kv_dtype.
+    pub k: ViewMut<'a, M>,
+    /// As `k`.
+    pub v: ViewMut<'a, M>,
+}
+
+impl<'a, M: Memory + ?Sized> ReadRing<'a, M> {
+    /// All arguments.
+    pub fn new(spans: Spans<'a, M>, ring: &'a M, k: ViewMut<'a, M>, v: ViewMut<'a, M>) -> Self {
+        ReadRing { spans, ring, k, v }
+    }
+
+    /// Checks every argument against the plan.
+    ///
+    /// # Errors
+    /// [`crate::Error::Invalid`] or [`crate::Error::LimitExceeded`], naming field, value and rule.
+    pub fn validate(&self, plan: &impl Plan) -> Result<()> {
+        let spec = plan.spec();
+        let shape = spec.shape();
+        let Extent { batch, rows, .. } = self.spans.validate(spec)?;
+        check_bytes("ring", self.ring, plan.support().ring_bytes)?;
+        let exactly = [shape.kv_heads(), shape.head_dim()];
+        let expect = Expect { field: "k", dtype: shape.kv_dtype(), at_least: [batch, 1, rows], exactly };
+        expect.output(&self.k)?;
+        Expect { field: "v", ..expect }.output(&self.v)?;
+        check_overlap(
+            &[Some(("k", &*self.k.mem, Some(&self.k.layout))), Some(("v", &*self.v.mem, Some(&self.v.layout)))],
+            &[Some(("ring", self.ring, None)), self.spans.named()],
+        )
+    }
+}

@@ -1,6 +1,6 @@
 //! The traits that a backend implements, and what it says of itself.
 
-use crate::{Append, Attend, Dtype, Error, InfiniRead, InfiniWrite, Memory, Merge, Result, Spans, Spec, ViewMut};
+use crate::{Append, Attend, Dtype, Error, InfiniRead, InfiniWrite, Memory, Merge, ReadRing, Result, Spec};
 use std::borrow::BorrowMut;
 use std::fmt;
 
@@ -114,6 +114,16 @@ pub trait Plan: Send + Sync {
     fn support(&self) -> &Support;
 }
 
+/// The plan of a backend that has nothing else to remember.
+impl Plan for (Spec, Support) {
+    fn spec(&self) -> &Spec {
+        &self.0
+    }
+    fn support(&self) -> &Support {
+        &self.1
+    }
+}
+
 /// A device, or a set of threads, that runs the contract's operations.
 ///
 /// Operations only *enqueue*: on the caller's queue, with borrowed views and scratch memory that the caller owns. They allocate no device
@@ -220,7 +230,7 @@ pub trait Backend {
 }
 
 /// Owning memory and moving bytes: what [`crate::Streams`], tests and the command line need beside the operations. An engine that embeds
-/// the operations never meets this trait.
+/// the operations never meets this trait. Only [`crate::Streams`] needs the methods that have a default, which is `Unsupported`.
 pub trait Device: Backend {
     /// Memory that this crate owns.
     type Owned: BorrowMut<Self::Mem> + Send;
@@ -253,26 +263,35 @@ pub trait Device: Backend {
     ///
     /// # Errors
     /// [`Error::Invalid`] past the end; [`Error::DeviceLost`].
-    fn clear(&self, queue: &mut Self::Queue<'_>, mem: &mut Self::Mem, at: std::ops::Range<u64>) -> Result<()>;
+    fn clear(&self, _queue: &mut Self::Queue<'_>, _mem: &mut Self::Mem, _at: std::ops::Range<u64>) -> Result<()> {
+        Err(self.lacks("clear"))
+    }
 
     /// Enqueues a copy of bytes `from` to `to ..`; the two do not overlap.
     ///
     /// # Errors
     /// [`Error::Invalid`] past the end; [`Error::DeviceLost`].
-    fn copy_within(&self, queue: &mut Self::Queue<'_>, mem: &mut Self::Mem, from: std::ops::Range<u64>, to: u64) -> Result<()>;
+    fn copy_within(
+        &self,
+        _queue: &mut Self::Queue<'_>,
+        _mem: &mut Self::Mem,
+        _from: std::ops::Range<u64>,
+        _to: u64,
+    ) -> Result<()> {
+        Err(self.lacks("copy_within"))
+    }
 
-    /// Enqueues the inverse of [`Backend::append`] for rows: keys and values of the spans' tokens, from the ring to `k` and `v`
-    /// (`[N, 1, L, Hkv, D]` in kv_dtype).
+    /// Enqueues the inverse of [`Backend::append`]: keys and values of the spans' tokens, from the ring.
     ///
     /// # Errors
-    /// As [`Append::validate`]; [`Error::DeviceLost`].
-    fn read_ring(
-        &self,
-        plan: &Self::Plan,
-        queue: &mut Self::Queue<'_>,
-        spans: Spans<'_, Self::Mem>,
-        ring: &Self::Mem,
-        k: ViewMut<'_, Self::Mem>,
-        v: ViewMut<'_, Self::Mem>,
-    ) -> Result<()>;
+    /// As [`ReadRing::validate`]; [`Error::DeviceLost`].
+    fn read_ring(&self, _plan: &Self::Plan, _queue: &mut Self::Queue<'_>, _args: ReadRing<'_, Self::Mem>) -> Result<()> {
+        Err(self.lacks("read_ring"))
+    }
+
+    /// What the methods with a default return.
+    #[doc(hidden)]
+    fn lacks(&self, method: &'static str) -> Error {
+        Error::unsupported("method", method, format!("Streams needs it; {} has operations only", self.name()))
+    }
 }

@@ -137,7 +137,7 @@ mod span;
 mod streams;
 mod view;
 
-pub use append::{Append, AppendMem, AppendRows};
+pub use append::{Append, AppendMem, AppendRows, ReadRing};
 pub use attend::{Attend, InfiniState, Keys, MemKeys, Rows};
 pub use backend::{Backend, Device, KernelId, Op, Plan, Support};
 pub use element::{Dtype, Element};

@@ -6,7 +6,9 @@
 //! before anything is allocated or touched.
 
 use crate::streams::{Slot, Staged, Streams};
-use crate::{Append, Device, Dtype, Error, InfiniRule, Layout, Plan, Result, Shape, Span, Spans, View, ViewMut, Window};
+use crate::{
+    Append, Device, Dtype, Error, InfiniRule, Layout, Plan, ReadRing, Result, Shape, Span, Spans, View, ViewMut, Window,
+};
 use std::borrow::{Borrow, BorrowMut};
 use std::ops::Range;
 
@@ -169,6 +171,10 @@ fn parse(bytes: &[u8], shape: &Shape, index: u32) -> Result<Slot> {
         state_entry: 0,
         poisoned: false,
     };
+    // The memory of a block that has tokens is fixed.
+    if slot.check_boundary(shape).is_err() && (slot.staged != Staged::None || slot.mem_block != Some(shape.block(position))) {
+        return wrong(format!("{mem_blocks} blocks with memory, staged {staged}, inside a block at position {position}"));
+    }
     let length = HEADER + Sections::new(shape, index, &slot).bytes() + CHECKSUM;
     if bytes.len() != length {
         return wrong(format!("{} bytes, its header describes {length}", bytes.len()));
@@ -291,7 +297,7 @@ impl<B: Device> Streams<B> {
         let mut v = self.backend.alloc(bytes)?;
         for (span, layout) in chunks(plan, tokens, staging) {
             let (k, v) = (ViewMut::new(k.borrow_mut(), layout), ViewMut::new(v.borrow_mut(), layout));
-            self.backend.read_ring(plan, queue, Spans::Host(&[span]), ring.borrow(), k, v)?;
+            self.backend.read_ring(plan, queue, ReadRing::new(Spans::Host(&[span]), ring.borrow(), k, v))?;
         }
         self.backend.synchronize(queue)?;
         self.download(&k, 0, bytes as usize, out)?;

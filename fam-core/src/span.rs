@@ -156,6 +156,21 @@ impl<'a, M: crate::Memory + ?Sized> Spans<'a, M> {
     }
 }
 
+impl Spans<'_, [u8]> {
+    /// The span of stream `n`, for a backend whose memory is the host's: as given, or read from memory and clamped to the plan. An empty one
+    /// beyond the batch.
+    pub fn get(&self, n: usize, spec: &Spec) -> Span {
+        match self {
+            Spans::Host(spans) => spans.get(n).copied().unwrap_or_default(),
+            Spans::Device { mem, batch } => {
+                // A caller's buffer may begin at any address.
+                let bytes = mem.chunks_exact(size_of::<Span>()).take(*batch).nth(n);
+                bytes.map_or(Span::default(), |bytes| bytemuck::pod_read_unaligned::<Span>(bytes).clamped(spec))
+            }
+        }
+    }
+}
+
 /// The sizes that a call's spans ask of its views.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Extent {

@@ -202,11 +202,13 @@ impl<B: Device> Streams<B> {
         let (to_k, to_v) = (ViewMut::new(mem.k.borrow_mut(), mem.layout), ViewMut::new(mem.v.borrow_mut(), mem.layout));
         let append = Append::new(Spans::Host(&self.spans)).mem_rows(mem_k, mem_v, to_k, to_v);
         append.validate(plan, scratch)?;
+        // A refusal has enqueued nothing: what was staged before still stands.
         let done = self.backend.append(plan, queue, append, scratch);
+        self.poison_if_lost(done)?;
         for &slot in slots {
-            self.slots[slot as usize].staged = if done.is_ok() { Staged::Set(rows as u32) } else { Staged::None };
+            self.slots[slot as usize].staged = Staged::Set(rows as u32);
         }
-        self.poison_if_lost(done)
+        Ok(())
     }
 
     /// Lets the memory of the block before serve the next block too: frozen memory.

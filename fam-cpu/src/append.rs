@@ -8,9 +8,7 @@ use crate::pack::Convert;
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, run, run_once};
 use crate::span::SpanSource;
-use fam_core::{
-    Append, AppendMem, AppendRows, Attend, Dtype, Error, Keys, Plan, Result, Spans, Spec, Support, ViewMut, bf16, f16,
-};
+use fam_core::{Append, AppendMem, AppendRows, Dtype, Keys, Plan, ReadRing, Result, ViewMut, bf16, f16};
 
 /// [`fam_core::Backend::append`].
 pub(crate) fn append(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
@@ -69,42 +67,18 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scra
 }
 
 /// [`fam_core::Device::read_ring`]: on one thread, since snapshots are rare.
-pub(crate) fn read_ring(
-    plan: &CpuPlan,
-    par: &Par<'_>,
-    spans: Spans<'_, [u8]>,
-    ring: &[u8],
-    k: ViewMut<'_, [u8]>,
-    v: ViewMut<'_, [u8]>,
-) -> Result<()> {
-    let (spec, keys) = (plan.spec(), Keys::Ring(ring));
-    // Spans and ring, checked as `attend` checks them.
-    let checked = RingOnly { spec, support: Support::new(Vec::new()).ring_bytes(plan.support().ring_bytes) };
-    Attend::new(spans, keys).validate(&checked, &[])?;
-    let spans = SpanSource::new(spans, spec, Some(&keys), false);
-    for (field, view) in [("k", &k), ("v", &v)] {
-        check_output(field, view, plan, [spans.batch(), 1, spans.max_rows()])?;
-    }
+pub(crate) fn read_ring(plan: &CpuPlan, par: &Par<'_>, args: ReadRing<'_, [u8]>) -> Result<()> {
+    args.validate(plan)?;
+    let (spec, keys) = (plan.spec(), Keys::Ring(args.ring));
+    let spans = SpanSource::new(args.spans, spec, Some(&keys), false);
+    let ReadRing { k, v, .. } = args;
+    check_aligned("k", k.mem, k.layout.dtype)?;
+    check_aligned("v", v.mem, v.layout.dtype)?;
     match spec.shape().kv_dtype() {
         Dtype::F32 => read_typed::<f32>(plan, par, spans, &keys, k, v),
         Dtype::F16 => read_typed::<f16>(plan, par, spans, &keys, k, v),
         Dtype::Bf16 => read_typed::<bf16>(plan, par, spans, &keys, k, v),
         other => unreachable!("refused when the plan was made: {other}"),
-    }
-}
-
-/// A plan without scratch memory.
-struct RingOnly<'a> {
-    spec: &'a Spec,
-    support: Support,
-}
-
-impl Plan for RingOnly<'_> {
-    fn spec(&self) -> &Spec {
-        self.spec
-    }
-    fn support(&self) -> &Support {
-        &self.support
     }
 }
 
@@ -135,22 +109,4 @@ fn read_typed<T: Convert>(
 fn copy<T: Convert>(from: &[T], to: &mut [u8], first: usize) {
     let bytes: &[u8] = bytemuck::cast_slice(from);
     to[first * size_of::<T>()..][..bytes.len()].copy_from_slice(bytes);
-}
-
-/// The checks of an output of keys or values, which no argument struct makes.
-fn check_output(field: &'static str, view: &ViewMut<'_, [u8]>, plan: &CpuPlan, at_least: [usize; 3]) -> Result<()> {
-    let (layout, shape) = (&view.layout, plan.spec().shape());
-    if layout.dtype != shape.kv_dtype() {
-        return Err(Error::invalid(field, layout.dtype, format!("dtype {}", shape.kv_dtype())));
-    }
-    let [batch, blocks, rows, heads, d] = layout.shape;
-    let enough = [batch, blocks, rows].iter().zip(at_least).all(|(&have, need)| have >= need);
-    if !enough || [heads, d] != [shape.kv_heads(), shape.head_dim()] {
-        let rule = format!("at least {at_least:?}, then [{}, {}]", shape.kv_heads(), shape.head_dim());
-        return Err(Error::invalid(field, format!("{:?}", layout.shape), rule));
-    }
-    match layout.end_bytes() {
-        Some(end) if end <= view.mem.len() as u64 => check_aligned(field, view.mem, layout.dtype),
-        end => Err(Error::invalid(field, format!("{} bytes", view.mem.len()), format!("at least {end:?} bytes"))),
-    }
 }

@@ -2,7 +2,7 @@
 
 use crate::parallel::run_once;
 use crate::{Bytes, Cpu, CpuPlan, Par, append};
-use fam_core::{Device, Error, Result, Spans, ViewMut};
+use fam_core::{Device, Error, ReadRing, Result};
 use std::ops::Range;
 
 impl Device for Cpu {
@@ -44,16 +44,8 @@ impl Device for Cpu {
         run_once(queue, || mem.copy_within(from, to.start))
     }
 
-    fn read_ring(
-        &self,
-        plan: &CpuPlan,
-        queue: &mut Par<'_>,
-        spans: Spans<'_, [u8]>,
-        ring: &[u8],
-        k: ViewMut<'_, [u8]>,
-        v: ViewMut<'_, [u8]>,
-    ) -> Result<()> {
-        append::read_ring(plan, queue, spans, ring, k, v)
+    fn read_ring(&self, plan: &CpuPlan, queue: &mut Par<'_>, args: ReadRing<'_, [u8]>) -> Result<()> {
+        append::read_ring(plan, queue, args)
     }
 }
 

@@ -30,21 +30,15 @@ impl<'a> SpanSource<'a> {
 
     /// The span of stream `n`.
     pub fn get(&self, n: usize) -> Span {
-        match self.spans {
-            Spans::Host(spans) => spans[n],
-            Spans::Device { mem, .. } => {
-                let at = n * size_of::<Span>();
-                // A caller's buffer may begin at any address.
-                let span: Span = bytemuck::pod_read_unaligned(&mem[at..at + size_of::<Span>()]);
-                let mut span = span.clamped(self.spec);
-                let keys = self.key_rows.saturating_sub(span.start - span.origin);
-                span.len = u64::from(span.len).min(keys) as u32;
-                if !self.mem {
-                    span.mem_rows = 0;
-                }
-                span
+        let mut span = self.spans.get(n, self.spec);
+        if let Spans::Device { .. } = self.spans {
+            let keys = self.key_rows.saturating_sub(span.start - span.origin);
+            span.len = u64::from(span.len).min(keys) as u32;
+            if !self.mem {
+                span.mem_rows = 0;
             }
         }
+        span
     }
 
     /// Whether no earlier stream names the slot of stream `n`. Host spans are validated to name each once.

@@ -23,7 +23,7 @@ const CASES: [Case; 14] = [
     ([2, 1], 256, 16, Window::Tokens(70), 2, 100, 0),
     ([9, 3], 111, 5, Window::Blocks(20), 2, 130, 11),
     ([130, 1], 2, 3, Window::Blocks(2), 2, 10, 0),
-    ([1, 1], 16, 300, Window::Blocks(1), 0, 700, 250),
+    ([1, 1], 16, 300, Window::Blocks(1), 0, 450, 250),
 ];
 
 fn cases<T: Element>() -> impl Iterator<Item = Stream<T>> {
@@ -49,7 +49,9 @@ fn steps_are_prefill<T: Element>() {
     let cpu = Cpu::new().unwrap();
     for stream in cases::<T>() {
         let bits = stream.prefill(&cpu, &mut Par::Serial).bits();
-        for len in [1, 3, usize::from(u16::MAX)] {
+        // The element type changes packing alone.
+        let lens: &[usize] = if T::DTYPE == Dtype::F32 { &[1, 3, 1 << 16] } else { &[3] };
+        for &len in lens {
             assert!(stream.stepwise(&cpu, &mut Par::Serial, len).bits() == bits, "{:?} in steps of {len}", stream.shape);
         }
     }

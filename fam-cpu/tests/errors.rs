@@ -4,8 +4,8 @@ mod common;
 
 use common::{Stream, shape};
 use fam_core::{
-    Append, Attend, Backend, Device, Dtype, Error, InfiniRule, InfiniState, KernelId, Keys, Layout, Op, Plan, Rows, Shape, Span,
-    Spans, View, ViewMut, Window, f16,
+    Append, Attend, Backend, Device, Dtype, Error, InfiniRule, InfiniState, KernelId, Keys, Layout, Op, Plan, ReadRing, Rows,
+    Shape, Span, Spans, View, ViewMut, Window, f16,
 };
 use fam_cpu::{Cpu, Isa, Par, Pool};
 use std::borrow::{Borrow, BorrowMut};
@@ -145,7 +145,7 @@ fn the_ring_can_be_read_back() {
     cpu.append(&plan, &mut Par::Serial, append, &mut scratch).unwrap();
     let (mut k, mut v) = (stream.v.clone(), stream.k.clone());
     let read = |k: ViewMut<'_, [u8]>, v: ViewMut<'_, [u8]>| {
-        cpu.read_ring(&plan, &mut Par::Serial, Spans::Host(&spans), ring.borrow(), k, v)
+        cpu.read_ring(&plan, &mut Par::Serial, ReadRing::new(Spans::Host(&spans), ring.borrow(), k, v))
     };
     read(ViewMut::tokens(&mut k, sizes), ViewMut::tokens(&mut v, sizes)).unwrap();
     assert!((&k, &v) == (&stream.k, &stream.v));

@@ -8,7 +8,7 @@ use crate::harness::Harness;
 use crate::launch::{Loaded, LoadedSpans, Stop, digest, fill_ring, plan};
 use crate::rng::Rng;
 use crate::runner::Passed;
-use fam_core::{Append, Backend, Device, Plan, Span, Spans};
+use fam_core::{Append, Backend, Device, Plan, ReadRing, Span, Spans};
 use std::borrow::BorrowMut;
 
 /// Runs one case.
@@ -57,7 +57,8 @@ fn tokens<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data) -> Result<u64, S
     let (mut to_k, mut to_v) = (output()?, output()?);
     h.run(&mut |queue| {
         let ring = std::borrow::Borrow::borrow(&ring);
-        h.backend().read_ring(&plan, queue, Spans::Host(&spans), ring, to_k.view_mut(), to_v.view_mut())
+        let args = ReadRing::new(Spans::Host(&spans), ring, to_k.view_mut(), to_v.view_mut());
+        h.backend().read_ring(&plan, queue, args)
     })?;
     let rows = || spans.iter().enumerate().flat_map(|(n, s)| (0..s.len as usize).map(move |r| [n, 0, r]));
     let (to_k, to_v) = (to_k.finish(h, "k", rows())?, to_v.finish(h, "v", rows())?);

@@ -1,6 +1,6 @@
 //! Holding what a kernel returned against the reference, element by element.
 
-use crate::tolerance::{Bound, Condition, Level, Limits, NanReach};
+use crate::tolerance::{Bound, Condition, Level, Limits, NanReach, tiny};
 use fam_core::{Dtype, Shape, Span};
 use std::fmt;
 
@@ -46,31 +46,54 @@ impl fmt::Display for Wrong {
     }
 }
 
-/// Sums for the bias of an output: rounding that leans to one side breaks training long before it breaks a bound.
+/// Rounding errors of an output, each as a share of u_out·A_j: rounding that leans to one side breaks training long before it breaks a
+/// bound. Means are taken case by case, since the elements of a case err together.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Bias {
     /// Elements.
     pub count: u64,
-    /// Σ (got − expected), in units of u_out.
-    pub error: f64,
-    /// Σ (got − expected)·sign(expected), in units of u_out: truncation towards 0 leans this way only.
-    pub outward: f64,
-    /// Σ A_j.
-    pub magnitude: f64,
+    /// Cases that had any.
+    pub cases: u64,
+    /// Σ over the cases of the mean error; signed, and outward (times the sign of the expected value: truncation leans that way only).
+    means: [f64; 2],
+    /// Σ over the cases of the squares of those.
+    squares: [f64; 2],
 }
 
 impl Bias {
-    /// |mean signed error| and |mean outward error| as a share of u_out·mean(A).
-    pub fn share(&self) -> f64 {
-        if self.magnitude > 0.0 { self.error.abs().max(self.outward.abs()) / self.magnitude } else { 0.0 }
+    /// Of one case's elements: how many, and the sums of their signed and outward errors.
+    pub(crate) fn of_case(count: u64, sums: [f64; 2]) -> Self {
+        if count == 0 {
+            return Bias::default();
+        }
+        let means = sums.map(|sum| sum / count as f64);
+        Bias { count, cases: 1, means, squares: means.map(|m| m * m) }
     }
 
-    /// Adds another sum.
+    /// |mean error| as a share of u_out·A, of the signed and the outward error the larger one.
+    pub fn share(&self) -> f64 {
+        self.means[0].abs().max(self.means[1].abs()) / (self.cases as f64).max(1.0)
+    }
+
+    /// The share that is beyond doubt: less four standard errors of the mean over the cases.
+    pub fn certain_share(&self) -> f64 {
+        let cases = (self.cases as f64).max(1.0);
+        let certain = |(sum, squares): (f64, f64)| {
+            let mean = sum / cases;
+            let variance = (squares / cases - mean * mean).max(0.0);
+            mean.abs() - 4.0 * (variance / cases).sqrt()
+        };
+        self.means.into_iter().zip(self.squares).map(certain).fold(0.0, f64::max)
+    }
+
+    /// Adds other cases.
     pub fn add(&mut self, other: &Bias) {
         self.count += other.count;
-        self.error += other.error;
-        self.outward += other.outward;
-        self.magnitude += other.magnitude;
+        self.cases += other.cases;
+        for i in 0..2 {
+            self.means[i] += other.means[i];
+            self.squares[i] += other.squares[i];
+        }
     }
 }
 
@@ -80,7 +103,8 @@ pub(crate) struct Checker<'a> {
     pub bound: Bound<'a>,
     pub worst: Option<Worst>,
     pub wrong: Option<Wrong>,
-    pub bias: Bias,
+    /// Elements whose rounding was looked at, and the sums of their errors: signed, and outward.
+    rounding: (u64, [f64; 2]),
     pub limits: &'a Limits,
 }
 
@@ -88,7 +112,12 @@ impl<'a> Checker<'a> {
     /// Checks outputs of `out_dtype` from inputs of `dtype`.
     pub fn new(level: Level, dtype: Dtype, out_dtype: Dtype, limits: &'a Limits) -> Self {
         let bound = Bound::new(level, dtype, out_dtype, limits);
-        Checker { bound, worst: None, wrong: None, bias: Bias::default(), limits }
+        Checker { bound, worst: None, wrong: None, rounding: (0, [0.0; 2]), limits }
+    }
+
+    /// The bias of this case's outputs.
+    pub fn bias(&self) -> Bias {
+        Bias::of_case(self.rounding.0, self.rounding.1)
     }
 
     /// One element against its bound, class first. The first wrong one is kept.
@@ -151,12 +180,14 @@ impl<'a> Checker<'a> {
             }
             let condition = Condition { o: expected, a: a[c], ..row.condition };
             self.element(at, got, expected, self.bound.o(&condition));
-            if expected.is_finite() && got.is_finite() && row.counts_for_bias {
-                let error = (got - expected) / self.bound.out_dtype.unit_roundoff();
-                self.bias.count += 1;
-                self.bias.error += error;
-                self.bias.outward += error * expected.signum();
-                self.bias.magnitude += a[c];
+            let unit = self.bound.out_dtype.unit_roundoff() * a[c];
+            // Where logits are moderate and nothing underflows, what is left is rounding.
+            let shows_rounding = row.counts_for_bias && row.condition.s <= 8.0 && unit > 64.0 * tiny(self.bound.out_dtype);
+            if shows_rounding && expected.is_finite() && got.is_finite() {
+                let error = (got - expected) / unit;
+                self.rounding.0 += 1;
+                self.rounding.1[0] += error;
+                self.rounding.1[1] += error * expected.signum();
             }
         }
         self.lse(row);
@@ -246,5 +277,23 @@ impl fmt::Display for Level {
             Level::Hard => "hard",
             Level::Stat => "stat",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lean_is_told_from_noise() {
+        let mut rng = crate::Rng::new(1);
+        let (mut even, mut leaning) = (Bias::default(), Bias::default());
+        for _ in 0..400 {
+            let noise = 0.4 * rng.normal();
+            even.add(&Bias::of_case(100, [100.0 * noise, 0.0]));
+            leaning.add(&Bias::of_case(100, [0.0, 100.0 * (noise - 0.3)]));
+        }
+        assert!(even.certain_share() == 0.0 && leaning.certain_share() > 0.15 && leaning.share() < 0.4);
+        assert_eq!(Bias::of_case(0, [0.0; 2]), Bias::default());
     }
 }

@@ -60,7 +60,7 @@ pub use judge::{Reference, Verdict};
 pub use properties::{PROPERTIES, Property, run_property};
 pub use replay::{Mode, replay};
 pub use rng::{Rng, case_seed};
-pub use runner::{BIAS_COUNT, BIAS_SHARE, Budget, Event, Failure, Outcome, Passed, Report, SuiteOptions, run_case, run_suite};
+pub use runner::{BIAS_CASES, BIAS_SHARE, Budget, Event, Failure, Outcome, Passed, Report, SuiteOptions, run_case, run_suite};
 pub use streams::run_streams;
 pub use tolerance::{
     Bound, Condition, Level, Limits, NanReach, Term, infini_delta, infini_read as infini_read_bound,

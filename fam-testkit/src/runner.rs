@@ -75,7 +75,7 @@ fn run_attend<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Result<P
 /// Passed with its figures, or failed with the first wrong element and the edges that it lies on.
 pub(crate) fn conclude(case: &Case, checker: Checker<'_>, digest: u64) -> Result<Passed, Stop> {
     match checker.wrong {
-        None => Ok(Passed { worst: checker.worst, bias: checker.bias, digest }),
+        None => Ok(Passed { worst: checker.worst, bias: checker.bias(), digest }),
         Some(wrong) => {
             let at = edges(&case.shape, &case.spans[wrong.at.index[0]], &wrong.at, checker.limits.key_tile);
             Err(Stop::Failed(format!("{wrong} ({at}; level {})", checker.bound.level)))
@@ -177,10 +177,10 @@ pub struct Failure {
     pub what: String,
 }
 
-/// The largest share of u_out·mean(A) that the mean signed error may take, once [`BIAS_COUNT`] elements were seen.
+/// The largest share of u_out·A that the mean rounding error of an output type may take, beyond doubt.
 pub const BIAS_SHARE: f64 = 0.05;
-/// Elements below which a mean says nothing.
-pub const BIAS_COUNT: u64 = 200_000;
+/// Cases below which a mean says nothing.
+pub const BIAS_CASES: u64 = 100;
 
 impl Report {
     /// Cases that were run.
@@ -193,13 +193,12 @@ impl Report {
         self.failed.is_empty() && self.passed > 0 && self.biased().is_none()
     }
 
-    /// An output type whose rounding leans to one side, and its share.
+    /// An output type whose rounding leans to one side, and by how much.
     pub fn biased(&self) -> Option<(&'static str, f64)> {
-        self.bias
-            .iter()
-            .map(|(dtype, b)| (*dtype, b))
-            .find(|(_, b)| b.count >= BIAS_COUNT && b.share() > BIAS_SHARE)
-            .map(|(dtype, b)| (dtype, b.share()))
+        let leans = |(dtype, bias): (&&'static str, &Bias)| {
+            (bias.cases >= BIAS_CASES && bias.certain_share() > BIAS_SHARE).then_some((*dtype, bias.share()))
+        };
+        self.bias.iter().find_map(leans)
     }
 
     fn add(&mut self, index: u64, case: &Case, outcome: &Outcome) {
@@ -283,7 +282,13 @@ impl fmt::Display for Report {
             writeln!(f, "worst {:.3} of its bound, {} {:?}, in {case}", worst.ratio, worst.at.tensor, worst.at.index)?;
         }
         for (dtype, bias) in &self.bias {
-            writeln!(f, "bias of {dtype} outputs: {:.4} of u·mean(A) over {} elements", bias.share(), bias.count)?;
+            writeln!(
+                f,
+                "bias of {dtype} outputs: {:.4} of u·A over {} elements of {} cases",
+                bias.share(),
+                bias.count,
+                bias.cases
+            )?;
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! A backend that can be made to fail.
 
 use fam::cpu::{Bytes, Cpu, CpuPlan, Par};
-use fam::{Append, Attend, Backend, Device, Error, InfiniRead, InfiniWrite, Merge, Result, Spans, Spec, Support, ViewMut};
+use fam::{Append, Attend, Backend, Device, Error, InfiniRead, InfiniWrite, Merge, ReadRing, Result, Spec, Support};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -123,15 +123,7 @@ impl Device for Faulty {
     fn copy_within(&self, queue: &mut Par<'_>, mem: &mut [u8], from: Range<u64>, to: u64) -> Result<()> {
         self.faults.around(|| self.cpu.copy_within(queue, mem, from, to))
     }
-    fn read_ring(
-        &self,
-        plan: &CpuPlan,
-        queue: &mut Par<'_>,
-        spans: Spans<'_, [u8]>,
-        ring: &[u8],
-        k: ViewMut<'_, [u8]>,
-        v: ViewMut<'_, [u8]>,
-    ) -> Result<()> {
-        self.faults.around(|| self.cpu.read_ring(plan, queue, spans, ring, k, v))
+    fn read_ring(&self, plan: &CpuPlan, queue: &mut Par<'_>, args: ReadRing<'_, [u8]>) -> Result<()> {
+        self.faults.around(|| self.cpu.read_ring(plan, queue, args))
     }
 }

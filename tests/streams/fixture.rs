@@ -73,8 +73,13 @@ impl Layer {
 
     /// Sets the first `rows` memory rows that `feed` has for the block which the slot enters next.
     pub fn set_memory(&mut self, slot: u32, feed: Feed, rows: usize) -> Result<()> {
-        let (shape, position) = (self.shape(), self.position(slot));
-        let first = shape.block(position) * 100;
+        let block = self.shape().block(self.position(slot));
+        self.set_memory_of(block, slot, feed, rows)
+    }
+
+    /// Sets the first `rows` memory rows that `feed` has for `block`.
+    pub fn set_memory_of(&mut self, block: u64, slot: u32, feed: Feed, rows: usize) -> Result<()> {
+        let (shape, first) = (self.shape(), 100 * block);
         let [k, v] = [Kind::MemK, Kind::MemV].map(|kind| feed.rows(kind, first..first + rows as u64, &shape));
         let scratch = self.scratch.borrow_mut();
         self.streams.set_memory(&self.plan, &mut Par::Serial, &[slot], k.view(), v.view(), scratch)

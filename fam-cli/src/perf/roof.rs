@@ -18,14 +18,6 @@ pub struct Rates {
     pub bytes: f64,
 }
 
-impl Rates {
-    /// The median of each rate.
-    pub fn median(all: &[Rates]) -> Rates {
-        let of = |rate: fn(&Rates) -> f64| super::median(&all.iter().map(rate).collect::<Vec<_>>());
-        Rates { flops: of(|r| r.flops), exps: of(|r| r.exps), bytes: of(|r| r.bytes) }
-    }
-}
-
 /// f32 lanes of a vector register of the target's baseline.
 const LANES: usize = if cfg!(target_feature = "avx512f") {
     16
@@ -37,8 +29,8 @@ const LANES: usize = if cfg!(target_feature = "avx512f") {
 /// Independent chains: two a cycle, each of a multiplication and an addition of three cycles. With the factor, the term and a temporary
 /// they fill 15 of 16 registers.
 const CHAINS: usize = 12;
-/// Rounds of a probe that takes some milliseconds.
-const ROUNDS: usize = 1 << 20;
+/// Rounds of a probe that takes about as long as the others: some milliseconds.
+const ROUNDS: usize = 1 << 22;
 /// Exponentials in L1, and passes over them.
 const EXPS: usize = 2048;
 const EXP_PASSES: usize = 4096;
