@@ -28,8 +28,8 @@ fn refused(args: &[&str], words: &[&str]) {
 /// A tensor of zeros: name, dtype and shape.
 type Zeros<'a> = (&'a str, &'a str, &'a [u64]);
 
-/// A safetensors file with a hand-made header, so that it can lie; its data are `bytes` zeros.
-fn file(path: &Path, tensors: &[Zeros], metadata: &[(&str, &str)], bytes: usize) {
+/// A safetensors file with a hand-made header, so that it can lie; its data are zeros, at most `most` bytes of them.
+fn file(path: &Path, tensors: &[Zeros], metadata: &[(&str, &str)], most: usize) {
     let mut entries: Vec<String> = Vec::new();
     let metadata: Vec<String> = metadata.iter().map(|(k, v)| format!("{k:?}:{v:?}")).collect();
     entries.push(format!("\"__metadata__\":{{{}}}", metadata.join(",")));
@@ -48,7 +48,7 @@ fn file(path: &Path, tensors: &[Zeros], metadata: &[(&str, &str)], bytes: usize)
     let header = format!("{{{}}}", entries.join(","));
     let mut data = (header.len() as u64).to_le_bytes().to_vec();
     data.extend_from_slice(header.as_bytes());
-    data.resize(data.len() + bytes, 0);
+    data.resize(data.len() + (offset as usize).min(most), 0);
     std::fs::write(path, data).expect("a temporary file");
 }
 

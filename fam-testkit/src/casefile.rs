@@ -148,20 +148,26 @@ impl Header {
         let available = (rest.len() - json.len()) as u64;
         let mut parser = serde_json::Deserializer::from_slice(json);
         let header = parser.deserialize_map(HeaderVisitor).map_err(|e| wrong(format!("header: {e}")))?;
-        for (name, entry) in &header.entries {
-            let Some(width) = width(&entry.dtype) else {
-                return Err(wrong(format!("{name}: dtype = {}: one of F32, F16, BF16, I64", entry.dtype)));
+        // Sizes before places: one tensor that claims too much moves all behind it.
+        let mut sizes = Vec::with_capacity(header.entries.len());
+        for (name, Entry { dtype, shape, .. }) in &header.entries {
+            let Some(width) = width(dtype) else {
+                return Err(wrong(format!("{name}: dtype = {dtype}: one of F32, F16, BF16, I64")));
             };
-            let elements = entry.shape.iter().try_fold(1u64, |n, &s| n.checked_mul(s)).filter(|&n| n <= MAX_ELEMENTS);
-            let Some(elements) = elements else {
-                return Err(wrong(format!("{name}: shape = {:?}: at most {MAX_ELEMENTS} elements", entry.shape)));
-            };
-            if entry.shape.iter().any(|&s| s > MAX_ELEMENTS) {
-                return Err(wrong(format!("{name}: shape = {:?}: at most {MAX_ELEMENTS} on an axis", entry.shape)));
+            let elements = shape.iter().try_fold(1u64, |n, &s| n.checked_mul(s)).filter(|&n| n <= MAX_ELEMENTS);
+            match elements {
+                Some(elements) if shape.iter().all(|&s| s <= MAX_ELEMENTS) => sizes.push(elements * width),
+                _ => {
+                    return Err(wrong(format!(
+                        "{name}: shape = {shape:?}: at most {MAX_ELEMENTS} elements, on each axis and in all"
+                    )));
+                }
             }
+        }
+        for ((name, entry), bytes) in header.entries.iter().zip(sizes) {
             let [start, end] = entry.data_offsets;
-            if start > end || end > available || end - start != elements * width {
-                let rule = format!("{} bytes of {} inside the file's {available}", elements * width, entry.dtype);
+            if start > end || end > available || end - start != bytes {
+                let rule = format!("{bytes} bytes of {} inside the file's {available}", entry.dtype);
                 return Err(wrong(format!("{name}: data_offsets = [{start}, {end}]: {rule}")));
             }
         }
