@@ -48,7 +48,7 @@ pub struct Args {
     /// Name the cases instead of running them.
     #[arg(long)]
     list: bool,
-    /// Run the one case of this seed, as a failure prints it.
+    /// Run the one generated case, the properties and the stream of this seed, as a failure prints it.
     #[arg(long)]
     replay: Option<u64>,
     /// Start at this case, and report each case as a line of JSON: a child of --isolate.
@@ -138,6 +138,7 @@ impl Job for Suite<'_> {
             let case = Case::from_seed(seed);
             report.line(case.to_string());
             tally.add(report, &case.to_string(), seed, &run_case(h, &case, args.level()));
+            fixed::of_seed(h, seed, report, &mut tally);
             return Ok(tally.conclude(report));
         }
         if args.is_whole() {

@@ -7,7 +7,8 @@
 //! HARD_j = u_out|o_j| + P16·1.01·u_P·A_j + u32·A_j·(2S(D+4) + n + 3·tiles + 12) + tiny
 //! STAT_j = u_out|o_j| + P16·1.01·u_P·A_j + u32·A_j·(2S(√D+4) + 4√n + 12) + tiny
 //! LSE    = u32·(|lse| + 2S(D+4) + n + 8)
-//! tiny   = half the least positive number of the output's type, and what the underflow of probabilities can move:
+//! tiny   = half the least positive number of the output's type, and gradual underflow inside the kernel:
+//!          2⁻¹⁵⁰·(n + 3·tiles) of products and rescales in f32, and of probabilities
 //!          2⁻²⁵·max|v|·(n, or √n in STAT) where they are f16, 2⁻¹⁵⁰·max|v|·n in f32
 //! ```
 //!
@@ -168,7 +169,9 @@ impl<'a> Bound<'a> {
             Some(Dtype::F16) => 1.01 * Dtype::F16.unit_roundoff() * a + exp2(-25) * keys * v_max,
             Some(p) => 1.01 * p.unit_roundoff() * a,
         };
-        p16 + U32 * a * terms + self.terms.iter().map(|t| (t.bound)(c)).sum::<f64>()
+        // A product or a rescale whose result is subnormal rounds by up to half of the least subnormal.
+        let underflow = exp2(-150) * (n + 3.0 * tiles);
+        p16 + underflow + U32 * a * terms + self.terms.iter().map(|t| (t.bound)(c)).sum::<f64>()
     }
 
     /// Of the log-sum-exp `lse`.
@@ -250,9 +253,9 @@ mod tests {
         let limits = Limits::default();
         let c = Condition { o: 0.5, a: 2.0, s: 3.0, n: 16.0, tiles: 2.0, d: 64.0, v_max: 4.0 };
         let bound = Bound::new(Level::Hard, Dtype::F32, Dtype::F32, &limits);
-        assert_eq!(bound.o(&c), U32 * 0.5 + U32 * 2.0 * (6.0 * 68.0 + 16.0 + 6.0 + 12.0) + exp2(-150));
+        assert_eq!(bound.o(&c), U32 * 0.5 + U32 * 2.0 * (6.0 * 68.0 + 16.0 + 6.0 + 12.0) + exp2(-150) * (16.0 + 6.0 + 1.0));
         let only_sink = Condition { o: 0.0, a: 0.0, ..c };
-        assert_eq!(bound.o(&only_sink), exp2(-150) * (16.0 * 4.0 + 1.0));
+        assert_eq!(bound.o(&only_sink), exp2(-150) * (16.0 * 4.0 + 16.0 + 6.0 + 1.0));
         let bound = Bound { level: Level::Stat, ..bound };
         assert_eq!(bound.o_f32(&c), U32 * 2.0 * (6.0 * 12.0 + 16.0 + 12.0));
         let p16 = Limits::default().p16(&[Dtype::F16]);

@@ -20,7 +20,7 @@ impl Tally {
         match outcome {
             CaseOutcome::Passed(_) => self.passed += 1,
             CaseOutcome::Skipped(reason) => *self.skipped.entry(reason.clone()).or_default() += 1,
-            CaseOutcome::Failed(what) => self.fail(report, &format!("{case}\n  replay: fam test --replay {seed}"), what),
+            CaseOutcome::Failed(what) => self.fail(report, &format!("{case}\n  seed {seed}"), what),
         }
     }
 
