@@ -1,0 +1,109 @@
+//! What the kernels returned for a stream, block by block as case files, against the reference.
+
+use super::{INFINI_K, INFINI_Q, K, Life, Q, Stop, Stream, V};
+use crate::casefile::{CaseFile, InfiniCase, Tensor};
+use crate::harness::Harness;
+use crate::judge::Reference;
+use fam_core::{Dtype, Shape};
+use std::collections::BTreeMap;
+
+impl<H: Harness + ?Sized> Life<'_, H>
+where
+    H::Backend: Clone,
+{
+    /// Every committed row of a stream against the reference.
+    pub fn check(&self, stream: usize) -> Result<(), Stop> {
+        let data = &self.data[stream];
+        // Committed tokens are a prefix: a rollback forgets the last.
+        let done = data.o.len();
+        let b = self.shape.block_len() as u64;
+        if done == 0 {
+            return Ok(());
+        }
+        if self.shape.infini().is_some() {
+            let case = self.case(data, done, None)?;
+            return self.judge(stream, &case, 0, self.outputs(data, done, None));
+        }
+        let (first, last) = (self.shape.block(data.origin), self.shape.block(data.origin + done as u64 - 1));
+        for block in first..=last {
+            let end = (((block + 1) * b).min(data.origin + done as u64) - data.origin) as usize;
+            let from = ((block * b).max(data.origin) - data.origin) as usize;
+            let (served, rows) = data.served.get(&block).copied().unwrap_or((block, 0));
+            let mem_o = data.mem_o.get(&block).filter(|(tokens, _)| *tokens == end && rows > 0);
+            let case = self.case(data, end, Some((block, served, rows, mem_o.is_some())))?;
+            let outputs = self.outputs(data, end, mem_o.map(|(_, values)| (case.blocks(), rows, values)));
+            self.judge(stream, &case, from, outputs)?;
+        }
+        Ok(())
+    }
+
+    /// The first `tokens` tokens of a stream as a case; its memory is that of one block, shared by all: only that block is judged.
+    fn case(&self, data: &Stream, tokens: usize, memory: Option<(u64, u64, usize, bool)>) -> Result<CaseFile, Stop> {
+        let s = &self.shape;
+        let (dtype, d) = (s.dtype(), s.head_dim());
+        let (_, _, rows, _) = memory.unwrap_or_default();
+        let mut shape = Shape::builder().heads(s.heads()).kv_heads(s.kv_heads()).head_dim(d).block_len(s.block_len());
+        shape = shape.window(s.window()).mem_len(rows).dtype(dtype);
+        if let Some(rule) = s.infini() {
+            shape = shape.infini(rule);
+        }
+        let tensor = |i: usize| {
+            let heads = self.width(i) / d;
+            let values = data.rows[i][..tokens * heads * d].iter().copied();
+            Tensor::from_values(dtype, vec![1, tokens, heads, d], values)
+        };
+        let mem = |i: usize, block: u64, heads: usize| {
+            let first = (block - s.block(data.origin)) as usize * s.mem_len() * heads * d;
+            let values = data.mem[i][first..first + rows * heads * d].iter().copied();
+            Tensor::from_values(dtype, vec![1, 1, rows, heads, d], values)
+        };
+        let numbers = |values: &[f64]| Tensor::from_values(Dtype::F32, vec![values.len()], values.iter().copied());
+        let mem_q = memory.filter(|&(.., with_mem_q)| with_mem_q).map(|(block, ..)| mem(0, block, s.heads()));
+        let given = memory.filter(|_| rows > 0);
+        let given = given.map(|(_, served, ..)| (mem(1, served, s.kv_heads()), mem(2, served, s.kv_heads())));
+        let infini = s.infini().map(|rule| InfiniCase {
+            rule,
+            q: Some(tensor(INFINI_Q)),
+            k: Some(tensor(INFINI_K)),
+            beta: numbers(&self.beta),
+            m0: None,
+            z0: None,
+        });
+        Ok(CaseFile {
+            shape: shape.build()?,
+            batch: 1,
+            tokens,
+            lengths: vec![tokens as u64],
+            start: vec![data.origin],
+            q: tensor(Q),
+            k: tensor(K),
+            v: tensor(V),
+            mem_q,
+            mem: given,
+            sink: self.sink.as_deref().map(numbers),
+            infini,
+            expected: BTreeMap::new(),
+            source: String::new(),
+        })
+    }
+
+    /// Outputs of the case of the first `tokens` tokens; memory rows only of its last block.
+    fn outputs(&self, data: &Stream, tokens: usize, mem_o: Option<(usize, usize, &Vec<f64>)>) -> BTreeMap<String, Tensor> {
+        let (dtype, heads, d) = (self.shape.dtype(), self.shape.heads(), self.shape.head_dim());
+        let o = (0..tokens).flat_map(|t| data.o[&t].iter().copied());
+        let mut outputs = BTreeMap::from([("o".to_string(), Tensor::from_values(dtype, vec![1, tokens, heads, d], o))]);
+        if let Some((blocks, rows, values)) = mem_o {
+            let before = std::iter::repeat_n(0.0, (blocks - 1) * rows * heads * d);
+            let values = before.chain(values[..rows * heads * d].iter().copied());
+            outputs.insert("mem_o".into(), Tensor::from_values(dtype, vec![1, blocks, rows, heads, d], values));
+        }
+        outputs
+    }
+
+    fn judge(&self, stream: usize, case: &CaseFile, from: usize, outputs: BTreeMap<String, Tensor>) -> Result<(), Stop> {
+        match Reference::new(case).judge_from(from, case, &outputs, &self.h.limits()).wrong {
+            None => Ok(()),
+            Some((wrong, edges)) => Err(Stop::Failed(format!("stream {stream} of {:?}: {wrong} ({edges})", self.shape))),
+        }
+    }
+}
