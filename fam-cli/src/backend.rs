@@ -12,8 +12,8 @@ pub struct Options {
     #[arg(long, default_value = "auto")]
     pub backend: BackendName,
     /// Threads of the CPU backend. Default: all that the system lets it use.
-    #[arg(long)]
-    pub threads: Option<std::num::NonZeroUsize>,
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
 }
 
 /// Work that runs on any backend.
@@ -31,7 +31,7 @@ pub fn on<J: Job>(options: &Options, job: J) -> std::result::Result<J::Output, F
     let selection = fam::select(options.backend)?;
     match selection.backend {
         Selected::Cpu(cpu) => {
-            let threads = options.threads.map_or_else(crate::environment::threads, |n| n.get());
+            let threads = options.threads.map_or_else(crate::environment::threads, usize::from);
             let harness = CpuHarness { cpu: cpu.with_threads(threads), pool: Pool::new(threads)? };
             job.run(&harness, &selection.reason)
         }

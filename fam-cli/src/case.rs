@@ -17,7 +17,7 @@ pub struct Args {
     #[arg(long, default_value = "f32")]
     dtype: Dtype,
     /// Decides every case.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value = "1", value_parser = crate::test::seed)]
     seed: u64,
     /// How many.
     #[arg(long, default_value_t = 1)]
@@ -49,8 +49,8 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
         let path = if args.count > 1 { args.out.join(name) } else { args.out.clone() };
         std::fs::write(&path, file.to_bytes()?).map_err(|e| format!("{}: {e}", path.display()))?;
         bar.inc(1);
-        report.line(format!("{}: {case}", path.display()));
-        report.record("case", json!({ "path": path.display().to_string(), "seed": case.seed, "case": case.to_string() }));
+        report.line(format!("{}: {case}", path.display()))?;
+        report.record("case", json!({ "path": path.display().to_string(), "seed": case.seed, "case": case.to_string() }))?;
         written += 1;
     }
     bar.finish_and_clear();

@@ -16,27 +16,28 @@ pub struct Args {
 }
 
 pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
-    let case = CaseFile::open(&args.case)?;
-    let outputs = read_outputs(&read_file(&args.output)?, &case)?;
+    let of = |path: &std::path::Path, error: fam::Error| format!("{}: {error}", path.display());
+    let case = CaseFile::open(&args.case).map_err(|e| of(&args.case, e))?;
+    let outputs = read_file(&args.output).and_then(|bytes| read_outputs(&bytes, &case)).map_err(|e| of(&args.output, e))?;
     // Nothing is known of the kernel but its results.
     let verdict = Reference::new(&case).judge(&case, &outputs, &Limits::any_kernel());
     for (name, worst) in &verdict.worst {
-        report.line(format!("{name:8} worst error {:.3} of its bound", worst.ratio));
-        report.record("output", json!({ "name": name, "worst": worst.ratio }));
+        report.line(format!("{name:8} worst error {:.3} of its bound", worst.ratio))?;
+        report.record("output", json!({ "name": name, "worst": worst.ratio }))?;
     }
     report.record(
         "verdict",
         json!({ "right": verdict.wrong.is_none(), "compared": verdict.compared,
                 "wrong": verdict.wrong.as_ref().map(|(wrong, edges)| format!("{wrong} ({edges})")) }),
-    );
+    )?;
     match verdict.wrong {
         None => {
-            report.line(format!("right: {} values within the bound", verdict.compared));
+            report.line(format!("right: {} values within the bound", verdict.compared))?;
             Ok(Outcome::Right)
         }
         Some((wrong, edges)) => {
-            report.line(format!("wrong: {wrong}"));
-            report.line(format!("       it lies on: {edges}"));
+            report.line(format!("wrong: {wrong}"))?;
+            report.line(format!("       it lies on: {edges}"))?;
             Ok(Outcome::Wrong)
         }
     }

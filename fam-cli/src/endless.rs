@@ -14,6 +14,7 @@ const SAMPLES: u64 = 100;
 const FLAT_BYTES: u64 = 8 << 20;
 
 pub struct Endless<'a> {
+    pub name: &'a str,
     pub case: &'a CaseFile,
     pub tokens: u64,
     pub report: &'a Report,
@@ -26,9 +27,9 @@ impl Job for Endless<'_> {
     where
         H::Backend: Clone,
     {
-        let Endless { case, tokens, report } = self;
+        let Endless { name, case, tokens, report } = self;
         let blocks = tokens.div_ceil(case.shape.block_len() as u64);
-        report.line(format!("  backend   {} ({reason})", fam::Backend::name(h.backend())));
+        report.line(format!("  backend   {} ({reason})", fam::Backend::name(h.backend())))?;
         let bar = report.progress(blocks, "blocks");
         let start = Instant::now();
         // The first tenth fills caches and buffers of the check itself.
@@ -54,31 +55,36 @@ impl Job for Endless<'_> {
             grouped(found.blocks),
             grouped((total as f64 / seconds) as u64),
             grouped(found.state_bytes)
-        ));
+        ))?;
         match growth {
             Some(growth) => {
-                report.line(format!("  memory    the process grew by {} bytes after its first tenth", grouped(growth)))
+                report.line(format!("  memory    the process grew by {} bytes after its first tenth", grouped(growth)))?;
             }
-            None => report.line("  memory    this system does not tell the size of a process"),
+            None => report.line("  memory    this system does not tell the size of a process")?,
         }
         match found.period {
-            Some(period) => report
-                .line(format!("  repeats   {} blocks equal, bit for bit, those {period} blocks before", grouped(found.repeated))),
-            None => report.line("  repeats   none: a compressive memory never forgets"),
+            Some(period) if found.repeated == 0 => {
+                report.line(format!("  repeats   none yet: results repeat after {period} blocks, once the window is full"))?;
+            }
+            Some(period) => report.line(format!(
+                "  repeats   {} blocks equal, bit for bit, those {period} blocks before",
+                grouped(found.repeated)
+            ))?,
+            None => report.line("  repeats   none: a compressive memory never forgets")?,
         }
-        report.line(format!("  checked   {} random blocks, worst error {:.3} of its bound", found.checked, found.worst));
+        report.line(format!("  checked   {} random blocks, worst error {:.3} of its bound", found.checked, found.worst))?;
         if let Some(wrong) = &found.wrong {
-            report.line(format!("  WRONG     {wrong}"));
+            report.line(format!("  WRONG     {wrong}"))?;
         }
         if !is_flat {
-            report.line(format!("  WRONG     the process grew by more than {} bytes", grouped(FLAT_BYTES)));
+            report.line(format!("  WRONG     the process grew by more than {} bytes", grouped(FLAT_BYTES)))?;
         }
         report.record(
             "endless",
-            json!({ "tokens": total, "blocks": found.blocks, "seconds": seconds, "state_bytes": found.state_bytes,
+            json!({ "case": name, "tokens": total, "blocks": found.blocks, "seconds": seconds, "state_bytes": found.state_bytes,
                     "growth_bytes": growth, "period": found.period, "repeated": found.repeated, "checked": found.checked,
                     "worst": found.worst, "wrong": found.wrong, "flat": is_flat }),
-        );
+        )?;
         Ok(if found.wrong.is_none() && is_flat { Outcome::Right } else { Outcome::Wrong })
     }
 }

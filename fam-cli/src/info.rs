@@ -30,10 +30,10 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
             "kernel",
             json!({ "backend": cell.backend.name(), "op": cell.op.name(), "dtype": cell.dtype.name(),
                     "kernel": kernel.ok(), "reason": kernel.err() }),
-        );
+        )?;
     }
     if args.markdown {
-        markdown(&candidates, &cells, report);
+        markdown(&candidates, &cells, report)?;
         return Ok(Outcome::Right);
     }
     for candidate in &candidates {
@@ -41,16 +41,16 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
             Ok(selected) => describe(selected),
             Err(error) => error.to_string(),
         };
-        report.line(format!("{:5} {state}", candidate.name.name()));
+        report.line(format!("{:5} {state}", candidate.name.name()))?;
         report.record(
             "backend",
             json!({ "backend": candidate.name.name(), "available": candidate.backend.is_ok(), "description": state }),
-        );
+        )?;
         for op in Op::ALL {
             let row = cells.iter().filter(|c| c.backend == candidate.name && c.op == op);
             let kernels: Vec<_> = row.filter_map(|c| c.kernel.as_deref().ok()).collect();
             if !kernels.is_empty() {
-                report.line(format!("      {:13} {}", op.name(), kernels.join("  ")));
+                report.line(format!("      {:13} {}", op.name(), kernels.join("  ")))?;
             }
         }
     }
@@ -92,18 +92,19 @@ fn kernel(backend: &impl Backend, op: Op, dtype: Dtype) -> Result<String, String
     support.kernel(op).map(|k| k.to_string()).ok_or_else(|| "no kernel".into())
 }
 
-fn markdown(candidates: &[Candidate], cells: &[Cell], report: &Report) {
-    report.line("| backend | op | f32 | f16 | bf16 |");
-    report.line("|---|---|---|---|---|");
+fn markdown(candidates: &[Candidate], cells: &[Cell], report: &Report) -> Result<(), Failure> {
+    report.line("| backend | op | f32 | f16 | bf16 |")?;
+    report.line("|---|---|---|---|---|")?;
     for candidate in candidates {
         if candidate.backend.is_err() {
-            report.line(format!("| {} | | not in this version | | |", candidate.name));
+            report.line(format!("| {} | | not in this version | | |", candidate.name))?;
             continue;
         }
         for op in Op::ALL {
             let row = cells.iter().filter(|c| c.backend == candidate.name && c.op == op);
             let row: Vec<_> = row.map(|c| c.kernel.as_ref().map_or("–".into(), |k| format!("`{k}`"))).collect();
-            report.line(format!("| {} | `{op}` | {} |", candidate.name, row.join(" | ")));
+            report.line(format!("| {} | `{op}` | {} |", candidate.name, row.join(" | ")))?;
         }
     }
+    Ok(())
 }

@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 /// Attention kernels with a memory: TransformerFAM and Infini-attention.
 #[derive(Parser)]
-#[command(version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("FAM_COMMIT"), ")"), propagate_version = true)]
+#[command(name = "fam", version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("FAM_COMMIT"), ")"), propagate_version = true)]
 struct Args {
     /// JSON Lines on standard output (docs/json.md).
     #[arg(long, global = true)]
@@ -57,15 +57,15 @@ pub enum Outcome {
 pub type Failure = Box<dyn std::error::Error>;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let report = |command| report::Report::new(args.json, command);
-    let done = match args.command {
-        Command::Info(a) => info::run(&a, &report("info")),
-        Command::Run(a) => run::run(&a, &report("run")),
-        Command::Test(a) => test::run(&a, &report("test")),
-        Command::Perf(a) => perf::run(&a, &report("perf")),
-        Command::Case(a) => case::run(&a, &report("case")),
-        Command::Check(a) => check::run(&a, &report("check")),
+    let done = match Args::try_parse() {
+        Ok(args) => run(args),
+        // Help and version are no errors; an error is its first line.
+        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) => {
+            let text = error.to_string();
+            let line = text.lines().next().unwrap_or_default();
+            Err(line.strip_prefix("error: ").unwrap_or(line).into())
+        }
     };
     match done {
         Ok(Outcome::Right) => ExitCode::SUCCESS,
@@ -74,5 +74,17 @@ fn main() -> ExitCode {
             eprintln!("fam: {}", failure.to_string().replace('\n', " "));
             ExitCode::from(2)
         }
+    }
+}
+
+fn run(args: Args) -> Result<Outcome, Failure> {
+    let report = |command| report::Report::new(args.json, command);
+    match args.command {
+        Command::Info(a) => info::run(&a, &report("info")?),
+        Command::Run(a) => run::run(&a, &report("run")?),
+        Command::Test(a) => test::run(&a, &report("test")?),
+        Command::Perf(a) => perf::run(&a, &report("perf")?),
+        Command::Case(a) => case::run(&a, &report("case")?),
+        Command::Check(a) => check::run(&a, &report("check")?),
     }
 }

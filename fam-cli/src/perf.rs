@@ -80,26 +80,26 @@ impl Job for Measure<'_> {
         H::Backend: Clone,
     {
         let Measure { args, report, chosen } = self;
-        let threads = args.backend.threads.map_or_else(crate::environment::threads, |n| n.get());
+        let threads = args.backend.threads.map_or_else(crate::environment::threads, usize::from);
         let (probe, cpu) = (Probe::new(threads), crate::environment::cpu_model());
         let Rates { flops, exps, bytes } = probe.measure();
-        report.line(format!("backend  {} ({reason}) on {cpu}, threads: {threads}", h.backend().name()));
+        report.line(format!("backend  {} ({reason}) on {cpu}, threads: {threads}", h.backend().name()))?;
         report.line(format!(
             "roof     {:.1} GFLOP/s multiply and add, {:.2} G exponentials/s, {:.1} GB/s read: what plain Rust reaches with the\n         \
              instructions of this build's target, which are those of the kernels. Measured again beside every case.",
             flops / 1e9,
             exps / 1e9,
             bytes / 1e9
-        ));
+        ))?;
         for (i, (case, _)) in chosen.iter().enumerate() {
             if i == 0 || chosen[i - 1].0.name != case.name {
-                report.line(format!("{:8} {}", case.name, case.what));
+                report.line(format!("{:8} {}", case.name, case.what))?;
             }
         }
         report.line(format!(
             "\n{:9} {:5} {:>10} {:>9} {:>8} {:>9} {:>8}",
             "case", "dtype", "median ms", "GFLOP/s", "GB/s", "roof ms", "share"
-        ));
+        ))?;
         let bar = report.progress(chosen.len() as u64, "cases");
         let mut outcome = Outcome::Right;
         for (case, dtype) in chosen {
@@ -116,7 +116,7 @@ impl Job for Measure<'_> {
                     Some(time(&mut driver, &probe, args.seconds)?)
                 }
             };
-            say(&driver, threads, &verdict, measured, report, &bar);
+            say(&driver, threads, &verdict, measured, report, &bar)?;
             bar.inc(1);
         }
         bar.finish_and_clear();
@@ -169,15 +169,16 @@ fn say<H: Harness>(
     rounds: Option<Vec<Round>>,
     report: &Report,
     bar: &ProgressBar,
-) where
+) -> Result<(), Failure>
+where
     H::Backend: Clone,
 {
     let (case, dtype) = (&driver.case, driver.shape.dtype());
     let Some(rounds) = rounds else {
         let wrong = verdict.wrong.map_or_else(String::new, |wrong| wrong.to_string());
-        bar.suspend(|| report.line(format!("{:9} {:5} WRONG, so not timed: {wrong}", case.name, dtype.name())));
-        report.record("wrong", json!({ "case": case.name, "dtype": dtype.name(), "threads": threads, "wrong": wrong }));
-        return;
+        bar.suspend(|| report.line(format!("{:9} {:5} WRONG, so not timed: {wrong}", case.name, dtype.name())))?;
+        report.record("wrong", json!({ "case": case.name, "dtype": dtype.name(), "threads": threads, "wrong": wrong }))?;
+        return Ok(());
     };
     let work = case.work(dtype);
     let of_rounds = |value: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(value).collect::<Vec<_>>());
@@ -197,16 +198,18 @@ fn say<H: Harness>(
             gb_per_s.unwrap_or_default(),
             roof * 1e3,
             100.0 * share
-        ));
-    });
-    report
-        .record("roof", json!({ "case": case.name, "dtype": dtype.name(), "threads": threads, "rates": rates, "seconds": roof }));
+        ))
+    })?;
+    report.record(
+        "roof",
+        json!({ "case": case.name, "dtype": dtype.name(), "threads": threads, "rates": rates, "seconds": roof }),
+    )?;
     report.record(
         "perf",
         json!({ "case": case.name, "what": case.what, "dtype": dtype.name(), "threads": threads, "kernel": driver.kernel(),
                 "compared": verdict.compared, "worst": verdict.worst, "calls": case.calls, "flops": work.flops, "exps": work.exps,
                 "bytes": work.bytes, "samples": samples, "median": median, "share": share }),
-    );
+    )
 }
 
 /// The middle sample, or the mean of the two in the middle. `samples` is not empty.

@@ -1,5 +1,6 @@
 //! What a command prints: lines for people, or JSON Lines for programs (docs/json.md), never both on standard output.
 
+use crate::Failure;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -16,33 +17,28 @@ pub struct Report {
 
 impl Report {
     /// Starts a report; in JSON its first line is the environment.
-    pub fn new(json: bool, command: &str) -> Self {
+    pub fn new(json: bool, command: &str) -> Result<Self, Failure> {
         let report = Report { json };
-        report.record(
-            "start",
-            json!({ "version": JSON_VERSION, "command": command, "environment": crate::environment::describe() }),
-        );
-        report
+        let environment = crate::environment::describe();
+        report.record("start", json!({ "version": JSON_VERSION, "command": command, "environment": environment }))?;
+        Ok(report)
     }
 
     /// A line for people; nothing in JSON.
-    pub fn line(&self, text: impl AsRef<str>) {
-        if !self.json {
-            // A closed pipe ends the reading, not the work.
-            let _ = writeln!(std::io::stdout(), "{}", text.as_ref());
-        }
+    pub fn line(&self, text: impl AsRef<str>) -> Result<(), Failure> {
+        if self.json { Ok(()) } else { write(text.as_ref()) }
     }
 
     /// A JSON line of the given type; nothing for people.
-    pub fn record(&self, kind: &str, value: impl Serialize) {
+    pub fn record(&self, kind: &str, value: impl Serialize) -> Result<(), Failure> {
         if !self.json {
-            return;
+            return Ok(());
         }
         let mut line = json!({ "type": kind });
         if let (Value::Object(line), Ok(Value::Object(fields))) = (&mut line, serde_json::to_value(value)) {
             line.extend(fields);
         }
-        let _ = writeln!(std::io::stdout(), "{line}");
+        write(&line.to_string())
     }
 
     /// A progress bar on standard error, over `total` steps; hidden in JSON and where standard error is no terminal.
@@ -51,5 +47,13 @@ impl Report {
         let bar = if self.json { ProgressBar::hidden() } else { ProgressBar::new(total) };
         bar.set_prefix(what);
         style.map_or(bar.clone(), |style| bar.with_style(style.progress_chars("=> ")))
+    }
+}
+
+fn write(line: &str) -> Result<(), Failure> {
+    match writeln!(std::io::stdout(), "{line}") {
+        // A closed pipe ends the reading, not the work.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(format!("standard output: {error}").into()),
+        _ => Ok(()),
     }
 }

@@ -30,10 +30,10 @@ pub struct Args {
     #[arg(long)]
     dtype: Option<Dtype>,
     /// Write the outputs (safetensors); needs a case file.
-    #[arg(long, requires = "case")]
+    #[arg(long, requires = "case", conflicts_with = "tokens")]
     output: Option<PathBuf>,
     /// Loop the case's whole blocks as one endless stream of so many tokens.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "mode", value_parser = clap::value_parser!(u64).range(1..))]
     tokens: Option<u64>,
 }
 
@@ -42,9 +42,13 @@ fn mode(name: &str) -> Result<Mode, String> {
 }
 
 pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
+    // A backend that is not there is the first thing to say.
+    fam::select(args.backend.backend)?;
     let cases = match &args.case {
         None => SAMPLES.into_iter().map(|(name, bytes)| Ok((name.to_string(), CaseFile::read(bytes)?))).collect(),
-        Some(path) => CaseFile::open(path).map(|case| vec![(path.display().to_string(), case)]),
+        Some(path) => {
+            Ok(vec![(path.display().to_string(), CaseFile::open(path).map_err(|e| format!("{}: {e}", path.display()))?)])
+        }
     };
     let cases: Vec<_> = cases.map_err(|e: fam::Error| e.to_string())?;
     let mut all = Outcome::Right;
@@ -54,11 +58,11 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
             _ => case,
         };
         if i > 0 {
-            report.line("");
+            report.line("")?;
         }
-        describe(&name, &case, report);
+        describe(&name, &case, report)?;
         let outcome = match args.tokens {
-            Some(tokens) => backend::on(&args.backend, endless::Endless { case: &case, tokens, report })?,
+            Some(tokens) => backend::on(&args.backend, endless::Endless { name: &name, case: &case, tokens, report })?,
             None => backend::on(&args.backend, Replays { name: &name, case: &case, args, report })?,
         };
         if let Outcome::Wrong = outcome {
@@ -66,21 +70,21 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
         }
     }
     if args.case.is_none() && args.tokens.is_none() {
-        report.line("\nNext:");
-        report.line("  fam run --tokens 1000000       the same blocks as one endless stream, in constant memory");
-        report.line("  fam run CASE.safetensors       activations of your own model (the format: cargo doc, fam_testkit)");
-        report.line("  fam test --cases 10000         generated cases against the reference, on this machine");
-        report.line("  fam info                       backends and kernels");
+        report.line("\nNext:")?;
+        report.line("  fam run --tokens 1000000       the same blocks as one endless stream, in constant memory")?;
+        report.line("  fam run CASE.safetensors       activations of your own model (the format: cargo doc, fam_testkit)")?;
+        report.line("  fam test --cases 10000         generated cases against the reference, on this machine")?;
+        report.line("  fam info                       backends and kernels")?;
     }
     Ok(all)
 }
 
 /// The case in words.
-fn describe(name: &str, case: &CaseFile, report: &Report) {
+fn describe(name: &str, case: &CaseFile, report: &Report) -> Result<(), Failure> {
     let s = &case.shape;
-    report.line(name);
+    report.line(name)?;
     if !case.source.is_empty() {
-        report.line(format!("  from      {}", case.source));
+        report.line(format!("  from      {}", case.source))?;
     }
     let window = match s.window() {
         Window::Blocks(1) => "a window of 1 block".into(),
@@ -102,7 +106,7 @@ fn describe(name: &str, case: &CaseFile, report: &Report) {
         s.head_dim(),
         s.dtype(),
         s.block_len()
-    ));
+    ))
 }
 
 struct Replays<'a> {
@@ -120,7 +124,11 @@ impl Job for Replays<'_> {
         H::Backend: Clone,
     {
         let Replays { name, case, args, report } = self;
-        report.line(format!("  backend   {} ({reason})", h.backend().name()));
+        report.line(format!("  backend   {} ({reason})", h.backend().name()))?;
+        // Found now rather than after the work.
+        if let Some(path) = &args.output {
+            std::fs::write(path, []).map_err(|e| format!("{}: {e}", path.display()))?;
+        }
         let modes: Vec<Mode> = args.mode.map_or_else(|| Mode::ALL.to_vec(), |m| vec![m]);
         let reference = Reference::new(case);
         let mut outcome = Outcome::Right;
@@ -134,7 +142,7 @@ impl Job for Replays<'_> {
             if verdict.wrong.is_some() {
                 outcome = Outcome::Wrong;
             }
-            say(name, case, *mode, &verdict, time, report);
+            say(name, case, *mode, &verdict, time, report)?;
             match &first {
                 None => first = Some(outputs),
                 Some(first) => agree &= *first == outputs,
@@ -142,19 +150,19 @@ impl Job for Replays<'_> {
         }
         if modes.len() > 1 {
             let how = if agree { "agree bit for bit" } else { "agree within the bound, not bit for bit" };
-            report.line(format!("  modes     {how}"));
-            report.record("modes", json!({ "case": name, "bitwise": agree }));
+            report.line(format!("  modes     {how}"))?;
+            report.record("modes", json!({ "case": name, "bitwise": agree }))?;
         }
-        state(h, case, report)?;
+        state(h, name, case, report)?;
         if let (Some(path), Some(outputs)) = (&args.output, &first) {
             std::fs::write(path, write_outputs(outputs)?).map_err(|e| format!("{}: {e}", path.display()))?;
-            report.line(format!("  written   {}", path.display()));
+            report.line(format!("  written   {}", path.display()))?;
         }
         Ok(outcome)
     }
 }
 
-fn say(name: &str, case: &CaseFile, mode: Mode, verdict: &Verdict, time: Duration, report: &Report) {
+fn say(name: &str, case: &CaseFile, mode: Mode, verdict: &Verdict, time: Duration, report: &Report) -> Result<(), Failure> {
     let tokens: u64 = case.lengths.iter().sum();
     let rate = tokens as f64 / time.as_secs_f64();
     match &verdict.wrong {
@@ -164,8 +172,8 @@ fn say(name: &str, case: &CaseFile, mode: Mode, verdict: &Verdict, time: Duratio
             grouped(verdict.compared),
             verdict.worst_ratio(),
             grouped(rate as u64)
-        )),
-        Some((wrong, edges)) => report.line(format!("  {:9} WRONG: {wrong} ({edges})", mode.name())),
+        ))?,
+        Some((wrong, edges)) => report.line(format!("  {:9} WRONG: {wrong} ({edges})", mode.name()))?,
     }
     let worst: BTreeMap<_, _> = verdict.worst.iter().map(|(name, w)| (*name, w.ratio)).collect();
     report.record(
@@ -173,11 +181,11 @@ fn say(name: &str, case: &CaseFile, mode: Mode, verdict: &Verdict, time: Duratio
         json!({ "case": name, "mode": mode.name(), "right": verdict.wrong.is_none(), "compared": verdict.compared,
                 "worst": worst, "seconds": time.as_secs_f64(), "tokens": tokens,
                 "wrong": verdict.wrong.as_ref().map(|(w, edges)| format!("{w} ({edges})")) }),
-    );
+    )
 }
 
 /// What a stream keeps, beside what a cache of all keys would.
-fn state<H: Harness>(h: &H, case: &CaseFile, report: &Report) -> Result<(), Failure>
+fn state<H: Harness>(h: &H, name: &str, case: &CaseFile, report: &Report) -> Result<(), Failure>
 where
     H::Backend: Clone,
 {
@@ -189,8 +197,8 @@ where
         "  state     {} bytes a stream, whatever its length; a cache of 1,000,000 tokens: {}",
         grouped(state),
         grouped(cache)
-    ));
-    report.record("state", json!({ "bytes": state, "cache_bytes_of_1000000_tokens": cache }));
+    ))?;
+    report.record("state", json!({ "case": name, "bytes": state, "cache_bytes_of_1000000_tokens": cache }))?;
     Ok(())
 }
 

@@ -1,16 +1,20 @@
 //! `fam test`: the conformance suite, inside this one program, so that a copied file verifies a machine that has no Rust.
 
-mod fixed;
+mod check;
 mod isolate;
 mod tally;
 
 use crate::backend::{self, Job};
 use crate::report::Report;
 use crate::{Failure, Outcome};
+use check::Check;
+pub use check::seed;
 use fam::{Dtype, Op};
-use fam_testkit::{Budget, Case, Event, Filter, Harness, Level, SuiteOptions, case_seed, run_case, run_suite};
+use fam_testkit::{Filter, Harness, Level};
 use serde_json::json;
 use std::collections::BTreeSet;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 use tally::Tally;
 
 /// The conformance suite: generated cases against the reference, and the properties of the contract.
@@ -18,40 +22,41 @@ use tally::Tally;
 pub struct Args {
     #[command(flatten)]
     pub backend: backend::Options,
-    /// Only cases of this op.
+    /// Only generated cases of this op.
     #[arg(long, value_parser = op)]
     op: Option<Op>,
-    /// Only cases with inputs of this dtype.
+    /// Only generated cases with inputs of this dtype.
     #[arg(long)]
     dtype: Option<Dtype>,
-    /// Only cases whose line contains this text (see --list).
+    /// Only generated cases whose line contains this text (see --list).
     #[arg(long, default_value = "")]
     filter: String,
-    /// Generated cases.
+    /// Generated cases that pass the filters. Without a filter the suite has, beside them, recorded activations, refused calls, and for
+    /// every ten cases a property and the life of some streams.
     #[arg(long, default_value_t = 10_000, conflicts_with = "seconds")]
     cases: u64,
-    /// Generate cases for so long instead.
-    #[arg(long)]
+    /// Go on for so many seconds instead.
+    #[arg(long, value_parser = seconds)]
     seconds: Option<f64>,
-    /// Decides every case.
-    #[arg(long, default_value_t = 1)]
+    /// Decides every check; decimal, or 0x and hexadecimal.
+    #[arg(long, default_value = "1", value_parser = check::seed)]
     seed: u64,
     /// Hold results to the tighter, statistical bound. It is calibrated for fixed seeds and can be passed by bad luck elsewhere.
     #[arg(long)]
     stat: bool,
-    /// Only cases i, i + n, i + 2n, …: i/n.
+    /// Only every n-th check, from number i (counted from 0) on: i/n.
     #[arg(long, default_value = "0/1", value_parser = shard)]
     shard: (u64, u64),
-    /// Run cases in child processes: a crash, or a hang of 60 s, is one failed case.
-    #[arg(long, conflicts_with = "seconds")]
+    /// Run the checks in child processes: a crash, or a hang of 60 s, is one failed check.
+    #[arg(long, conflicts_with_all = ["seconds", "list", "replay"])]
     isolate: bool,
-    /// Name the cases instead of running them.
-    #[arg(long)]
+    /// Name the checks instead of running them.
+    #[arg(long, conflicts_with_all = ["seconds", "replay"])]
     list: bool,
-    /// Run the one generated case, the properties and the stream of this seed, as a failure prints it.
+    /// Run one check, by the name that a failure prints.
     #[arg(long)]
-    replay: Option<u64>,
-    /// Start at this case, and report each case as a line of JSON: a child of --isolate.
+    replay: Option<Check>,
+    /// Start at this check, and report each as a line of JSON: a child of --isolate.
     #[arg(long, hide = true)]
     child_from: Option<u64>,
 }
@@ -60,57 +65,46 @@ fn op(name: &str) -> Result<Op, String> {
     Op::ALL.into_iter().find(|o| o.name() == name).ok_or_else(|| format!("one of {}", Op::ALL.map(Op::name).join(", ")))
 }
 
+fn seconds(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|s| *s > 0.0 && *s <= 1e6).ok_or_else(|| "a number above 0, at most 1000000".into())
+}
+
 fn shard(text: &str) -> Result<(u64, u64), String> {
     let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
     parts.filter(|(i, n)| i < n).ok_or_else(|| "i/n with i below n".into())
 }
 
 impl Args {
-    fn suite(&self, threads: usize) -> SuiteOptions {
-        SuiteOptions {
-            seed: self.seed,
-            budget: self.seconds.map_or(Budget::Cases(self.cases), Budget::Seconds),
-            filter: self.case_filter(),
-            shard: self.shard,
-            level: self.level(),
-            threads,
-            ..SuiteOptions::default()
-        }
-    }
-
-    fn case_filter(&self) -> Filter {
-        Filter { ops: self.op.into_iter().collect(), dtypes: self.dtype.into_iter().collect(), text: self.filter.clone() }
-    }
-
     fn level(&self) -> Level {
         if self.stat { Level::Stat } else { Level::Hard }
     }
 
-    /// No filter leaves out a part of the suite.
-    fn is_whole(&self) -> bool {
-        self.op.is_none() && self.dtype.is_none() && self.filter.is_empty()
+    /// The checks of this shard with their numbers in the suite.
+    fn checks(&self) -> impl Iterator<Item = (u64, Check)> + use<> {
+        let filter =
+            Filter { ops: self.op.into_iter().collect(), dtypes: self.dtype.into_iter().collect(), text: self.filter.clone() };
+        let cases = self.seconds.is_none().then_some(self.cases);
+        let (i, n) = self.shard;
+        (0..).zip(check::suite(self.seed, cases, filter)).filter(move |(number, _)| number % n == i)
     }
 
-    /// Numbers of the suite's cases, in this shard.
-    fn indices(&self) -> impl Iterator<Item = u64> + use<> {
-        let (i, n) = self.shard;
-        (i..self.cases).step_by(n as usize)
+    /// The command that runs one check again.
+    fn replay_command(&self, check: &str) -> String {
+        let backend = self.backend.backend.name();
+        format!("fam test --backend {backend}{} --replay {check}", if self.stat { " --stat" } else { "" })
     }
 }
 
 pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
     if args.list {
-        for index in args.indices() {
-            if let Some(case) = Case::generate(case_seed(args.seed, index), &args.case_filter()) {
-                report.line(case.to_string());
-                report.record("case", json!({ "index": index, "seed": case.seed, "case": case.to_string() }));
-            }
+        for (number, check) in args.checks() {
+            report.line(check.describe())?;
+            report.record("check", json!({ "number": number, "check": check.to_string(), "description": check.describe() }))?;
         }
         return Ok(Outcome::Right);
     }
     if args.isolate {
-        let tally = isolate::run(args, report)?;
-        return Ok(tally.conclude(report));
+        return isolate::run(args, report)?.conclude(report);
     }
     backend::on(&args.backend, Suite { args, report })
 }
@@ -132,62 +126,63 @@ impl Job for Suite<'_> {
             isolate::child(h, args, from);
             return Ok(Outcome::Right);
         }
-        report.line(format!("backend {} ({reason})", fam::Backend::name(h.backend())));
-        let mut tally = Tally::default();
-        if let Some(seed) = args.replay {
-            let case = Case::from_seed(seed);
-            report.line(case.to_string());
-            tally.add(report, &case.to_string(), seed, &run_case(h, &case, args.level()));
-            fixed::of_seed(h, seed, report, &mut tally);
-            return Ok(tally.conclude(report));
+        report.line(format!("backend {} ({reason})", fam::Backend::name(h.backend())))?;
+        let mut tally = Tally::new(args.clone());
+        if let Some(check) = &args.replay {
+            report.line(check.describe())?;
+            tally.add(report, check, &check.run(h, args.level()))?;
+            return tally.conclude(report);
         }
-        if args.is_whole() {
-            fixed::run(h, args, report, &mut tally)?;
-        }
-        generated(h, args, report, &mut tally);
-        Ok(tally.conclude(report))
+        side_by_side(h, args, report, &mut tally)?;
+        tally.statistics(report)?;
+        tally.conclude(report)
     }
 }
 
-/// The generated cases.
-fn generated<H: Harness + Sync>(h: &H, args: &Args, report: &Report, tally: &mut Tally) {
-    // A crash takes this process with it: the seeds of the cases in flight are on disk before each launch.
-    let seeds = std::env::temp_dir().join(format!("fam-test-{}.seeds", std::process::id()));
-    let mut in_flight = BTreeSet::new();
-    let total = args.seconds.map_or(args.indices().count() as u64, |s| s as u64);
-    let bar = report.progress(total, if args.seconds.is_some() { "seconds" } else { "cases" });
-    let started = std::time::Instant::now();
-    let suite = run_suite(h, &args.suite(crate::environment::threads()), &mut |event| match event {
-        Event::Start { case, .. } => {
-            in_flight.insert(case.seed);
-            let text: String = in_flight.iter().map(|seed| format!("fam test --replay {seed}\n")).collect();
-            // Without the file a crash is harder to find again, and nothing else.
-            let _ = std::fs::write(&seeds, text);
-        }
-        Event::Done { case, outcome, .. } => {
-            in_flight.remove(&case.seed);
-            tally.add(report, &case.to_string(), case.seed, outcome);
-            if args.seconds.is_some() {
-                bar.set_position(started.elapsed().as_secs());
-            } else {
-                bar.inc(1);
+/// Runs the checks on several threads. A crash takes this process with it: the names of the checks in flight are on disk before each launch.
+fn side_by_side<H: Harness + Sync>(h: &H, args: &Args, report: &Report, tally: &mut Tally) -> Result<(), Failure>
+where
+    H::Backend: Clone,
+{
+    let in_flight_file = std::env::temp_dir().join(format!("fam-test-{}.in-flight", std::process::id()));
+    report.line(format!("checks in flight, should this crash: {}", in_flight_file.display()))?;
+    let end = args.seconds.map(|s| Instant::now() + Duration::from_secs_f64(s));
+    // Most of the suite are generated cases; how many checks there are in all is known at the end.
+    let expected = if args.seconds.is_some() { 0 } else { args.cases / args.shard.1 };
+    let bar = report.progress(expected, "checks");
+    let state = Mutex::new((args.checks(), BTreeSet::new(), tally, None));
+    let worker = || {
+        loop {
+            let check = {
+                let (checks, in_flight, _, failure) = &mut *state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                if failure.is_some() || end.is_some_and(|end| Instant::now() >= end) {
+                    return;
+                }
+                let Some((_, check)) = checks.next() else { return };
+                in_flight.insert(check.to_string());
+                let text: String = in_flight.iter().map(|check| format!("{}\n", args.replay_command(check))).collect();
+                // Without the file a crash is harder to find again, and nothing else.
+                let _ = std::fs::write(&in_flight_file, text);
+                check
+            };
+            let outcome = check.run(h, args.level());
+            let (_, in_flight, tally, failure) = &mut *state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            in_flight.remove(&check.to_string());
+            if let Err(error) = tally.add(report, &check, &outcome) {
+                // Not the failure itself, which may not cross threads.
+                *failure = Some(error.to_string());
             }
+            bar.inc(1);
         }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..crate::environment::threads() {
+            scope.spawn(worker);
+        }
+        worker();
     });
     bar.finish_and_clear();
-    let _ = std::fs::remove_file(&seeds);
-    report.line(suite.coverage.to_string());
-    if let Some((worst, case)) = &suite.worst {
-        report.line(format!("worst error {:.3} of its bound, in {case}", worst.ratio));
-    }
-    for (dtype, bias) in &suite.bias {
-        report.line(format!("bias of {dtype} outputs: {:.4} of u·mean(A), over {} elements", bias.share(), bias.count));
-    }
-    if let Some((dtype, share)) = suite.biased() {
-        tally.fail(report, "rounding bias", &format!("{dtype} outputs lean to one side by {share:.3} of u·mean(A)"));
-    }
-    report.record(
-        "suite",
-        json!({ "seed": args.seed, "digest": format!("{:016x}", suite.digest), "worst": suite.worst.map(|(w, _)| w.ratio) }),
-    );
+    let _ = std::fs::remove_file(&in_flight_file);
+    let (.., failure) = state.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    failure.map_or(Ok(()), |error| Err(error.into()))
 }

@@ -201,7 +201,8 @@ impl Report {
         self.bias.iter().find_map(leans)
     }
 
-    fn add(&mut self, index: u64, case: &Case, outcome: &Outcome) {
+    /// Counts a case; `index` is any number of its own.
+    pub fn add(&mut self, index: u64, case: &Case, outcome: &Outcome) {
         match outcome {
             Outcome::Passed(passed) => {
                 self.passed += 1;

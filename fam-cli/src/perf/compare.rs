@@ -34,10 +34,12 @@ pub fn compare(a: &Path, b: &Path, report: &Report) -> Result<Outcome, Failure> 
     for field in ["commit", "cpu", "rustc", "profile"] {
         let [of_a, of_b] = [&a, &b].map(|run| run.environment[field].as_str().unwrap_or("unknown"));
         let both = if of_a == of_b { of_a.to_string() } else { format!("{of_a}  →  {of_b}") };
-        report.line(format!("{field:8} {both}"));
+        report.line(format!("{field:8} {both}"))?;
     }
-    report
-        .line(format!("{:9} {:5} {:>7} {:>12} {:>12} {:>7}  95 % interval", "case", "dtype", "threads", "A ms", "B ms", "B / A"));
+    report.line(format!(
+        "{:9} {:5} {:>7} {:>12} {:>12} {:>7}  95 % interval",
+        "case", "dtype", "threads", "A ms", "B ms", "B / A"
+    ))?;
     let mut compared = 0;
     for (key, of_a) in &a.cases {
         let Some(of_b) = b.cases.get(key) else { continue };
@@ -54,16 +56,16 @@ pub fn compare(a: &Path, b: &Path, report: &Report) -> Result<Outcome, Failure> 
         let [a_ms, b_ms] = [of_a, of_b].map(|samples| median(samples) * 1e3);
         report.line(format!(
             "{case:9} {dtype:5} {threads:7} {a_ms:12.4} {b_ms:12.4} {ratio:7.3}  {low:.3} .. {high:.3}  {verdict}"
-        ));
+        ))?;
         report.record(
             "compare",
             json!({ "case": case, "dtype": dtype, "threads": threads, "a_median": a_ms / 1e3, "b_median": b_ms / 1e3,
                     "ratio": ratio, "low": low, "high": high, "verdict": verdict }),
-        );
+        )?;
     }
     for (name, run, other) in [("A", &a, &b), ("B", &b, &a)] {
         for (case, dtype, threads) in run.cases.keys().filter(|key| !other.cases.contains_key(*key)) {
-            report.line(format!("{case:9} {dtype:5} {threads:7} only in {name}"));
+            report.line(format!("{case:9} {dtype:5} {threads:7} only in {name}"))?;
         }
     }
     if compared == 0 {

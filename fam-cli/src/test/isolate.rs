@@ -1,20 +1,23 @@
-//! `fam test --isolate`: cases in child processes, so that a crash or a hang is one failed case and the run goes on.
+//! `fam test --isolate`: checks in child processes, so that a crash or a hang is one failed check and the run goes on.
 
 use super::{Args, Tally};
 use crate::Failure;
 use crate::report::Report;
-use fam_testkit::{Case, Harness, Outcome, Passed, case_seed, run_case};
+use fam_testkit::{Harness, Outcome, Passed};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-/// A case that takes longer hangs.
+/// A check that takes longer hangs.
 const HANG: Duration = Duration::from_secs(60);
 
-/// Runs the shard's cases from number `from` on, and reports each before and after its launch.
-pub fn child<H: Harness>(h: &H, args: &Args, from: u64) {
+/// Runs the shard's checks from number `from` on, and reports each before and after its launch.
+pub fn child<H: Harness>(h: &H, args: &Args, from: u64)
+where
+    H::Backend: Clone,
+{
     let say = |value: Value| {
         let mut out = std::io::stdout().lock();
         // Flushed, since the next thing may be a crash. Without a reader there is nothing left to do.
@@ -22,24 +25,23 @@ pub fn child<H: Harness>(h: &H, args: &Args, from: u64) {
             std::process::exit(1);
         }
     };
-    for index in args.indices().filter(|&i| i >= from) {
-        let Some(case) = Case::generate(case_seed(args.seed, index), &args.case_filter()) else { continue };
-        say(json!({ "start": index, "seed": case.seed, "case": case.to_string() }));
-        let (result, text) = match run_case(h, &case, args.level()) {
+    for (number, check) in args.checks().filter(|(number, _)| *number >= from) {
+        say(json!({ "start": number, "check": check.to_string(), "description": check.describe() }));
+        let (result, text) = match check.run(h, args.level()) {
             Outcome::Passed(_) => ("passed", String::new()),
             Outcome::Failed(what) => ("failed", what),
             Outcome::Skipped(reason) => ("skipped", reason),
         };
-        say(json!({ "done": index, "result": result, "text": text }));
+        say(json!({ "done": number, "result": result, "text": text }));
     }
 }
 
 /// Runs the suite in one child for each thread.
 pub fn run(args: &Args, report: &Report) -> Result<Tally, Failure> {
     let workers = crate::environment::threads() as u64;
-    let bar = report.progress(args.indices().count() as u64, "cases");
-    let mut tally = Tally::default();
-    let mut failure = None;
+    let bar = report.progress(args.checks().count() as u64, "checks");
+    let mut tally = Tally::new(args.clone());
+    let mut failure: Option<String> = None;
     let (sender, results) = channel();
     std::thread::scope(|scope| {
         for worker in 0..workers {
@@ -47,7 +49,7 @@ pub fn run(args: &Args, report: &Report) -> Result<Tally, Failure> {
             scope.spawn(move || {
                 let mut from = Some(0);
                 while let Some(start) = from {
-                    match watch(args, worker, workers, start, &mut |case, outcome| drop(sender.send(Ok((case, outcome))))) {
+                    match watch(args, worker, workers, start, &mut |check, outcome| drop(sender.send(Ok((check, outcome))))) {
                         Ok(next) => from = next,
                         Err(error) => {
                             drop(sender.send(Err(error.to_string())));
@@ -59,28 +61,27 @@ pub fn run(args: &Args, report: &Report) -> Result<Tally, Failure> {
         }
         drop(sender);
         for result in results {
-            match result {
-                Ok((started, outcome)) => {
-                    tally.add(report, &started.case, started.seed, &outcome);
-                    bar.inc(1);
-                }
-                Err(error) => failure = Some(error),
-            }
+            let counted = result.and_then(|(started, outcome): (Started, Outcome)| {
+                let counted = tally.count(report, &started.description, &started.check, &outcome);
+                counted.map_err(|error| error.to_string())
+            });
+            failure = failure.take().or(counted.err());
+            bar.inc(1);
         }
     });
     bar.finish_and_clear();
     failure.map_or(Ok(tally), |error| Err(error.into()))
 }
 
-/// A case that a child has launched.
+/// A check that a child has launched.
 #[derive(Clone, Debug)]
 struct Started {
-    index: u64,
-    seed: u64,
-    case: String,
+    number: u64,
+    check: String,
+    description: String,
 }
 
-/// Runs one child from case `from` on. Where it dies or hangs, the case in flight has failed and the next number is returned.
+/// Runs one child from check `from` on. Where it dies or hangs, the check in flight has failed and the next number is returned.
 fn watch(
     args: &Args,
     worker: u64,
@@ -110,15 +111,14 @@ fn watch(
     let death = loop {
         match lines.recv_timeout(HANG) {
             Ok(event) => {
-                if let Some(index) = event["start"].as_u64() {
-                    let case = event["case"].as_str().unwrap_or_default().to_string();
-                    in_flight = Some(Started { index, seed: event["seed"].as_u64().unwrap_or_default(), case });
+                let text = |key: &str| event[key].as_str().unwrap_or_default().to_string();
+                if let Some(number) = event["start"].as_u64() {
+                    in_flight = Some(Started { number, check: text("check"), description: text("description") });
                 } else if let Some(started) = in_flight.take() {
-                    let text = event["text"].as_str().unwrap_or_default().to_string();
                     let outcome = match event["result"].as_str() {
                         Some("passed") => Outcome::Passed(Passed::default()),
-                        Some("skipped") => Outcome::Skipped(text),
-                        _ => Outcome::Failed(text),
+                        Some("skipped") => Outcome::Skipped(text("text")),
+                        _ => Outcome::Failed(text("text")),
                     };
                     done(started, outcome);
                 }
@@ -133,12 +133,12 @@ fn watch(
     };
     match in_flight {
         Some(started) => {
-            let next = started.index + 1;
+            let next = started.number + 1;
             done(started, Outcome::Failed(death));
             Ok(Some(next))
         }
         None if child.wait()?.success() => Ok(None),
-        None => Err(format!("a child of --isolate ended before its first case: {death}").into()),
+        None => Err(format!("a child of --isolate ended outside a check: {death}").into()),
     }
 }
 
