@@ -184,7 +184,8 @@ impl<'a> Bound<'a> {
         let out = g * a + (1.0 - g) * o;
         let parts = g * a_error + (1.0 - g) * o_error;
         let gate = U32 * 10.0 * (g * a.abs() + (1.0 - g) * o.abs());
-        parts + gate + self.out_dtype.unit_roundoff() * out.abs() + tiny(self.out_dtype)
+        // Either product may be subnormal.
+        parts + gate + self.out_dtype.unit_roundoff() * out.abs() + exp2(-149) + tiny(self.out_dtype)
     }
 
     /// Of a merge of two parts with weights w: the difference of their lse is rounded once, and the smaller weight underflows at 2⁻¹⁴⁹.
