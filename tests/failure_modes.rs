@@ -4,8 +4,8 @@
 
 use fam::cpu::{Cpu, Par, Pool};
 use fam::{
-    Attend, Backend, BackendName, Device, Dtype, Error, Keys, Layout, Plan, Result, Rows, Shape, ShapeBuilder, Span, Spans, View,
-    ViewMut, Window,
+    Attend, Backend, BackendName, Device, Dtype, Error, Keys, Layout, Op, Plan, Result, Rows, Shape, ShapeBuilder, Span, Spans,
+    View, ViewMut, Window,
 };
 use rayon::prelude::*;
 
@@ -232,6 +232,15 @@ fn sizes_beyond_the_limits_are_refused_when_the_plan_is_made() {
     limit(support(shape().window(Window::Blocks(usize::MAX)), 1, 1));
     limit(support(shape().head_dim(1 << 40), 1, 1));
     limit(support(shape().head_dim(257), 1, 1));
+    // A ring that a plan never asked for is not there, however large it would be.
+    let wide = Shape::builder().heads(2).head_dim(64).block_len(1 << 20).window(Window::Blocks((1 << 37) - 1)).build().unwrap();
+    assert!(wide.spec(1, 1).build().is_err());
+    let plan = cpu.plan(&wide.spec(1, 1).ops(&[Op::Attend]).build().unwrap()).unwrap();
+    assert_eq!((plan.spec().ring_rows(), plan.support().ring_bytes), (0, 0));
+    let ring: &[u8] = &[0; 64];
+    let attend = Attend::new(Spans::Host(&[]), Keys::Ring(ring));
+    let mut scratch = vec![0; plan.support().scratch_bytes as usize];
+    assert!(matches!(cpu.attend(&plan, &mut Par::Serial, attend, &mut scratch), Err(Error::Invalid { field: "keys", .. })));
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Arguments of `append`: new keys and values enter the cached tensors.
 
+use crate::backend::check_op;
 use crate::span::Extent;
 use crate::view::{Expect, check_bytes, check_overlap};
-use crate::{Memory, Plan, Result, Spans, View, ViewMut};
+use crate::{Memory, Op, Plan, Result, Spans, View, ViewMut};
 
 /// Copies (converts, packs) new keys and values to where `attend` reads them. Either group may be absent.
 #[derive(Debug)]
@@ -66,6 +67,7 @@ impl<'a, M: Memory + ?Sized> Append<'a, M> {
     /// # Errors
     /// [`crate::Error::Invalid`] or [`crate::Error::LimitExceeded`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
+        check_op(plan, Op::Append)?;
         let spec = plan.spec();
         check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();

@@ -1,8 +1,9 @@
 //! Arguments of `attend`: one joint softmax over window, memory and the current block.
 
+use crate::backend::check_op;
 use crate::span::Extent;
 use crate::view::{Expect, Named, check_bytes, check_overlap};
-use crate::{Dtype, Error, Memory, Plan, Result, Spans, Spec, View, ViewMut};
+use crate::{Dtype, Error, Memory, Op, Plan, Result, Spans, Spec, View, ViewMut};
 
 /// Block rows over window, memory keys and their own block, and memory rows over memory keys and the block, in one launch.
 /// Either row group may be absent (TransformerFAM, Alg. 2; without memory rows and keys Alg. 1).
@@ -92,6 +93,9 @@ impl<'a, M: Memory + ?Sized> Keys<'a, M> {
                 // Where only the kernel knows the positions, it looks at k alone to stay inside both.
                 let rows = if extent.keys.is_none() { k.layout.shape[2] } else { rows };
                 Expect { field: "v", at_least: [extent.slots, 1, rows], ..expect }.input(v)
+            }
+            Keys::Ring(_) if plan.spec().ring_rows() == 0 => {
+                Err(Error::invalid("keys", "a ring", "linear caches: the plan was made without append, and so without a ring"))
             }
             Keys::Ring(ring) => check_bytes("ring", *ring, plan.support().ring_bytes),
         }
@@ -209,6 +213,7 @@ impl<'a, M: Memory + ?Sized> Attend<'a, M> {
     /// # Errors
     /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
+        check_op(plan, Op::Attend)?;
         let spec = plan.spec();
         check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();

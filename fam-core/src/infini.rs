@@ -1,8 +1,9 @@
 //! Arguments of `infini_read` and `infini_write`: the compressive memory of Infini-attention (arXiv 2404.07143, Eq. 5–11).
 
 use crate::attend::same_entries;
+use crate::backend::check_op;
 use crate::view::{Expect, check_bytes, check_overlap};
-use crate::{Dtype, Error, InfiniState, Keys, Memory, Plan, Result, Spans, View, ViewMut};
+use crate::{Dtype, Error, InfiniState, Keys, Memory, Op, Plan, Result, Spans, View, ViewMut};
 
 /// Reads the compressive memory and gates it into the local attention:
 /// a = σ(q) m / (σ(q)·z), o = g·a + (1−g)·o_local. The unfused form of [`crate::Attend::infini`].
@@ -30,6 +31,7 @@ impl<'a, M: Memory + ?Sized> InfiniRead<'a, M> {
     /// # Errors
     /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
+        check_op(plan, Op::InfiniRead)?;
         let spec = plan.spec();
         check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();
@@ -75,6 +77,7 @@ impl<'a, M: Memory + ?Sized> InfiniWrite<'a, M> {
     /// # Errors
     /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
+        check_op(plan, Op::InfiniWrite)?;
         let spec = plan.spec();
         check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();

@@ -1,7 +1,8 @@
 //! Arguments of `merge`: attention over two disjoint key sets becomes attention over their union.
 
+use crate::backend::check_op;
 use crate::view::{Expect, Named, check_bytes, check_overlap};
-use crate::{Dtype, Error, Memory, Plan, Result, View, ViewMut};
+use crate::{Dtype, Error, Memory, Op, Plan, Result, View, ViewMut};
 
 /// o = (e^lse_a·o_a + e^lse_b·o_b) / (e^lse_a + e^lse_b), lse = ln(e^lse_a + e^lse_b). An lse of −inf means "no keys"; two of them
 /// give o = +0, lse = −inf. A sink belongs to exactly one part.
@@ -45,6 +46,7 @@ impl<'a, M: Memory + ?Sized> Merge<'a, M> {
     /// # Errors
     /// [`Error::Invalid`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
+        check_op(plan, Op::Merge)?;
         let spec = plan.spec();
         check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();

@@ -294,7 +294,7 @@ impl Spec {
     pub fn slots(&self) -> usize {
         self.slots
     }
-    /// C: rows of a slot's ring; a multiple of B that holds the window and `blocks` blocks.
+    /// C: rows of a slot's ring; a multiple of B that holds the window and `blocks` blocks. 0 for a plan over linear caches alone.
     pub fn ring_rows(&self) -> usize {
         self.ring_rows
     }
@@ -333,7 +333,7 @@ impl SpecBuilder {
         self.slots = Some(slots);
         self
     }
-    /// C. Default: the least, (M + blocks)·B, or ⌈(w−1)/B⌉·B + blocks·B for a window of tokens.
+    /// C. Default: the least, (M + blocks)·B, or ⌈(w−1)/B⌉·B + blocks·B for a window of tokens; without the op append no ring.
     pub fn ring_rows(mut self, ring_rows: usize) -> Self {
         self.ring_rows = Some(ring_rows);
         self
@@ -367,22 +367,13 @@ impl SpecBuilder {
         }
         elements("elements of q", &[self.batch, self.rows, s.heads, s.head_dim])?;
         elements("elements of mem_q", &[self.batch, blocks, s.mem_len.max(1), s.heads, s.head_dim])?;
-        let least = s
-            .window
-            .ring_rows(s.block_len)
-            .and_then(|w| w.checked_add(blocks.checked_mul(s.block_len)?))
-            .ok_or(Error::LimitExceeded { what: "ring rows", requested: u64::MAX, max: MAX_ELEMENTS })?;
-        let ring_rows = self.ring_rows.unwrap_or(least);
-        if ring_rows < least || !ring_rows.is_multiple_of(s.block_len) {
-            return Err(Error::invalid(
-                "ring_rows",
-                ring_rows,
-                format!("a multiple of block_len = {} and at least {least} (window + {blocks} blocks)", s.block_len),
-            ));
-        }
-        if self.ops.as_ref().is_none_or(|o| o.contains(&Op::Append)) {
-            elements("elements of the key ring", &[slots, ring_rows, s.kv_heads, s.head_dim])?;
-        }
+        let ops = self.ops.unwrap_or_else(|| match s.infini {
+            None => vec![Op::Append, Op::Attend],
+            Some(_) => vec![Op::Append, Op::Attend, Op::InfiniRead, Op::InfiniWrite],
+        });
+        // Linear caches need no ring, and their window may be of any size.
+        let has_ring = ops.contains(&Op::Append) || self.ring_rows.is_some();
+        let ring_rows = if has_ring { ring_rows(s, slots, blocks, self.ring_rows)? } else { 0 };
         if s.infini.is_some() {
             elements("elements of m", &[slots, 2, s.kv_heads, s.head_dim, s.head_dim])?;
         }
@@ -390,10 +381,25 @@ impl SpecBuilder {
         if out_dtype != s.dtype && out_dtype != Dtype::F32 {
             return Err(Error::invalid("out_dtype", out_dtype, format!("{} or f32", s.dtype)));
         }
-        let ops = self.ops.unwrap_or_else(|| match s.infini {
-            None => vec![Op::Append, Op::Attend],
-            Some(_) => vec![Op::Append, Op::Attend, Op::InfiniRead, Op::InfiniWrite],
-        });
         Ok(Spec { shape: self.shape, batch: self.batch, rows: self.rows, blocks, slots, ring_rows, out_dtype, ops })
     }
+}
+
+/// C: as asked for, or the least that holds the window and the blocks of a call.
+fn ring_rows(s: &Shape, slots: usize, blocks: usize, asked: Option<usize>) -> Result<usize> {
+    let least = s
+        .window
+        .ring_rows(s.block_len)
+        .and_then(|w| w.checked_add(blocks.checked_mul(s.block_len)?))
+        .ok_or(Error::LimitExceeded { what: "ring rows", requested: u64::MAX, max: MAX_ELEMENTS })?;
+    let ring_rows = asked.unwrap_or(least);
+    if ring_rows < least || !ring_rows.is_multiple_of(s.block_len) {
+        return Err(Error::invalid(
+            "ring_rows",
+            ring_rows,
+            format!("a multiple of block_len = {} and at least {least} (window + {blocks} blocks)", s.block_len),
+        ));
+    }
+    elements("elements of the key ring", &[slots.max(1), ring_rows, s.kv_heads, s.head_dim])?;
+    Ok(ring_rows)
 }

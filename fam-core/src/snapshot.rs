@@ -222,8 +222,9 @@ impl<B: Device> Streams<B> {
     /// Makes `slot` the stream that [`Streams::snapshot`] saved, on this or another backend. Submits what was enqueued on `queue`, and waits.
     ///
     /// # Errors
-    /// [`Error::Malformed`] for bytes that are truncated, corrupted, of another version or another shape, and [`Error::Invalid`]: the slot is
-    /// untouched. Those of the device: the slot is poisoned.
+    /// [`Error::Malformed`] for bytes that are truncated, corrupted, of another version or another shape; [`Error::Invalid`] and
+    /// [`Error::LimitExceeded`] for a plan or scratch memory that does not fit; [`Error::OutOfMemory`]: the slot is untouched. Errors of the
+    /// device after that poison it.
     pub fn restore(
         &mut self,
         plan: &B::Plan,
@@ -235,45 +236,55 @@ impl<B: Device> Streams<B> {
         self.check_plan(plan)?;
         self.slot(slot)?;
         let state = parse(snapshot, &self.shape, slot)?;
-        let done = self.load(plan, queue, slot, &state, &snapshot[HEADER..], scratch);
-        self.slots[slot as usize] = Slot { poisoned: done.is_err(), ..state };
-        self.poison_if_lost(done)
-    }
-
-    fn load(
-        &mut self,
-        plan: &B::Plan,
-        queue: &mut B::Queue<'_>,
-        slot: u32,
-        state: &Slot,
-        payload: &[u8],
-        scratch: &mut B::Mem,
-    ) -> Result<()> {
-        let Streams { backend, shape, buffers, .. } = self;
-        // What is still enqueued may read this slot.
-        backend.synchronize(queue)?;
-        let sections = Sections::new(shape, slot, state);
-        let mut rest = payload;
+        let sections = Sections::new(&self.shape, slot, &state);
+        let mut rest = &snapshot[HEADER..];
         let mut take = |bytes: usize| {
             let (head, tail) = rest.split_at(bytes);
             rest = tail;
             head
         };
-        let (k, v) = (take(sections.keys), take(sections.keys));
-        write_keys(backend, plan, queue, &mut buffers.ring, &sections.live, (k, v), scratch)?;
-        if let Some(mem) = &mut buffers.mem {
-            for (entry, bytes) in [(state.mem_entry, sections.mem), (state.mem_entry ^ 1, sections.staged)] {
-                let offset = entry_offset(&mem.layout, slot, entry);
-                backend.upload(mem.k.borrow_mut(), offset, take(bytes))?;
-                backend.upload(mem.v.borrow_mut(), offset, take(bytes))?;
-            }
-        }
+        let live = [take(sections.keys), take(sections.keys)];
+        let mem = [sections.mem, sections.mem, sections.staged, sections.staged].map(&mut take);
+        let segment = [take(sections.segment_keys), take(sections.segment_keys)];
+        let (m, z) = (take(sections.m), take(sections.z));
+
+        // All that can be refused comes before the slot is touched.
+        let backend = &self.backend;
+        let staged = Staging::new(backend, plan, sections.live, live)
+            .and_then(|live| Ok((live, Staging::new(backend, plan, sections.segment, segment)?)));
+        let (live, segment) = self.poison_if_lost(staged)?;
+        let buffers = &mut self.buffers;
+        live.check::<B>(plan, buffers.ring.borrow_mut(), scratch)?;
         if let Some(i) = &mut buffers.infini {
-            let (k, v) = (take(sections.segment_keys), take(sections.segment_keys));
-            write_keys(backend, plan, queue, &mut i.ring, &sections.segment, (k, v), scratch)?;
-            backend.upload(i.m.borrow_mut(), entry_offset(&i.m_layout, slot, state.state_entry), take(sections.m))?;
-            backend.upload(i.z.borrow_mut(), entry_offset(&i.z_layout, slot, state.state_entry), take(sections.z))?;
+            segment.check::<B>(plan, i.ring.borrow_mut(), scratch)?;
         }
+        // What is still enqueued may read this slot.
+        let done = self.backend.synchronize(queue);
+        self.poison_if_lost(done)?;
+
+        self.slots[slot as usize].poisoned = true;
+        let Streams { backend, buffers, .. } = self;
+        let mut load = || {
+            live.append(backend, plan, queue, buffers.ring.borrow_mut(), scratch)?;
+            if let Some(to) = &mut buffers.mem {
+                let [k, v, staged_k, staged_v] = mem;
+                for (entry, k, v) in [(state.mem_entry, k, v), (state.mem_entry ^ 1, staged_k, staged_v)] {
+                    let offset = entry_offset(&to.layout, slot, entry);
+                    backend.upload(to.k.borrow_mut(), offset, k)?;
+                    backend.upload(to.v.borrow_mut(), offset, v)?;
+                }
+            }
+            if let Some(i) = &mut buffers.infini {
+                segment.append(backend, plan, queue, i.ring.borrow_mut(), scratch)?;
+                backend.upload(i.m.borrow_mut(), entry_offset(&i.m_layout, slot, state.state_entry), m)?;
+                backend.upload(i.z.borrow_mut(), entry_offset(&i.z_layout, slot, state.state_entry), z)?;
+            }
+            // The staging memory ends with this function.
+            backend.synchronize(queue)
+        };
+        let done = load();
+        self.poison_if_lost(done)?;
+        self.slots[slot as usize] = state;
         Ok(())
     }
 
@@ -305,27 +316,53 @@ impl<B: Device> Streams<B> {
     }
 }
 
-/// Appends keys and values of `tokens` to a ring.
-fn write_keys<B: Device>(
-    backend: &B,
-    plan: &B::Plan,
-    queue: &mut B::Queue<'_>,
-    ring: &mut B::Owned,
-    tokens: &Tokens,
-    (k_bytes, v_bytes): (&[u8], &[u8]),
-    scratch: &mut B::Mem,
-) -> Result<()> {
-    let (staging, bytes) = staging(plan.spec().shape(), tokens);
-    let mut k = backend.alloc(bytes)?;
-    let mut v = backend.alloc(bytes)?;
-    backend.upload(k.borrow_mut(), 0, k_bytes)?;
-    backend.upload(v.borrow_mut(), 0, v_bytes)?;
-    for (span, layout) in chunks(plan, tokens, staging) {
-        let (k, v) = (View::new(k.borrow(), layout), View::new(v.borrow(), layout));
-        backend.append(plan, queue, Append::new(Spans::Host(&[span])).rows(k, v, ring.borrow_mut()), scratch)?;
+/// Keys and values of some tokens, in device memory of their own, on their way into a ring.
+struct Staging<O> {
+    tokens: Tokens,
+    k: O,
+    v: O,
+    layout: Layout,
+}
+
+impl<O> Staging<O> {
+    fn new<B: Device<Owned = O>>(backend: &B, plan: &B::Plan, tokens: Tokens, [k_bytes, v_bytes]: [&[u8]; 2]) -> Result<Self>
+    where
+        O: BorrowMut<B::Mem>,
+    {
+        let (layout, bytes) = staging(plan.spec().shape(), &tokens);
+        let (mut k, mut v) = (backend.alloc(bytes)?, backend.alloc(bytes)?);
+        backend.upload(k.borrow_mut(), 0, k_bytes)?;
+        backend.upload(v.borrow_mut(), 0, v_bytes)?;
+        Ok(Staging { tokens, k, v, layout })
     }
-    // The staging memory ends with this function.
-    backend.synchronize(queue)
+
+    /// Checks every append without enqueuing it.
+    fn check<B: Device<Owned = O>>(&self, plan: &B::Plan, ring: &mut B::Mem, scratch: &B::Mem) -> Result<()>
+    where
+        O: Borrow<B::Mem>,
+    {
+        chunks(plan, &self.tokens, self.layout).try_for_each(|(span, layout)| {
+            let (k, v) = (View::new(self.k.borrow(), layout), View::new(self.v.borrow(), layout));
+            Append::new(Spans::Host(&[span])).rows(k, v, ring).validate(plan, scratch)
+        })
+    }
+
+    fn append<B: Device<Owned = O>>(
+        &self,
+        backend: &B,
+        plan: &B::Plan,
+        queue: &mut B::Queue<'_>,
+        ring: &mut B::Mem,
+        scratch: &mut B::Mem,
+    ) -> Result<()>
+    where
+        O: Borrow<B::Mem>,
+    {
+        chunks(plan, &self.tokens, self.layout).try_for_each(|(span, layout)| {
+            let (k, v) = (View::new(self.k.borrow(), layout), View::new(self.v.borrow(), layout));
+            backend.append(plan, queue, Append::new(Spans::Host(&[span])).rows(k, v, ring), scratch)
+        })
+    }
 }
 
 /// Layout and bytes of packed keys (or values) of `tokens`.

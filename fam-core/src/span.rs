@@ -203,6 +203,9 @@ fn validate_host(spans: &[Span], spec: &Spec) -> Result<Extent> {
         if span.origin > span.start {
             return Err(Error::invalid("span.origin", span.origin, format!("at most span.start = {}", span.start)));
         }
+        if span.reserved != 0 {
+            return Err(Error::invalid("span.reserved", span.reserved, "0"));
+        }
         // Half of u64, so that sums of a position and a window cannot wrap.
         if span.start > u64::MAX / 2 {
             return Err(Error::LimitExceeded { what: "span.start", requested: span.start, max: u64::MAX / 2 });

@@ -15,7 +15,8 @@ use std::fmt;
 /// One block of a stream: [`Streams::set_memory`] at the block's boundary, then [`Streams::step`] (the whole block, or token by token),
 /// then [`Pending::commit`]. What turns `mem_o` into the next memory keys (W_o, feed-forward, norm, QKV) is the caller's.
 ///
-/// Nothing is allocated after construction but by [`Streams::snapshot`] and [`Streams::restore`]. A lost device poisons every slot.
+/// Nothing is allocated after construction but by [`Streams::snapshot`] and [`Streams::restore`]. A lost device, where a method that changes
+/// the streams meets it, poisons every slot.
 pub struct Streams<B: Device> {
     pub(crate) backend: B,
     pub(crate) shape: Shape,

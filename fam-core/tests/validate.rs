@@ -107,6 +107,7 @@ fn spans_that_break_a_rule_name_the_field() {
     assert!(field(check(&[Span::new(0, 0, 5)]).unwrap_err()).contains("rows"));
     assert!(field(check(&[Span::new(0, 1, 4)]).unwrap_err()).contains("blocks touched"));
     assert_eq!(field(check(&[Span::new(0, u64::MAX, 4)]).unwrap_err()), "span.start");
+    assert_eq!(field(check(&[Span { reserved: 7, ..Span::new(0, 0, 4) }]).unwrap_err()), "span.reserved");
     assert!(field(check(&[Span::default(), Span::new(1, 0, 0), Span::new(2, 0, 0)]).unwrap_err()).contains("batch"));
 }
 
@@ -171,10 +172,26 @@ fn scratch_and_device_spans_are_checked_like_tensors() {
 }
 
 #[test]
+fn a_plan_serves_its_own_ops_and_no_ring_without_append() {
+    let wide = shape().window(Window::Blocks(usize::MAX)).build().unwrap();
+    let plan = plan(wide.spec(1, 4).ops(&[Op::Attend]));
+    assert_eq!(plan.spec().ring_rows(), 0);
+    let (k, v, mut ring, scratch) = (region(0), region(1 << 20), region(2 << 20), region(9 << 20));
+    let kv = Layout::tokens(Dtype::F32, [1, 4, 2, 8]);
+    let spans = [Span::new(0, 0, 4)];
+    let linear = Keys::Strided { k: View::new(&k, kv), v: View::new(&v, kv) };
+    Attend::new(Spans::Host(&spans), linear).validate(&plan, &scratch).unwrap();
+    let from_ring = Attend::new(Spans::Host(&spans), Keys::Ring(&ring)).validate(&plan, &scratch);
+    assert_eq!(from_ring.map_err(field), Err("keys".into()));
+    let append = Append::new(Spans::Host(&spans)).rows(View::new(&k, kv), View::new(&v, kv), &mut ring);
+    assert_eq!(append.validate(&plan, &scratch).map_err(field), Err("op of this plan".into()));
+}
+
+#[test]
 fn compressive_memory_needs_its_shape_and_an_entry_more_than_segments() {
     let s = shape().infini(InfiniRule::Delta).build().unwrap();
     let with = plan(s.spec(1, 4));
-    let without = plan(shape().build().unwrap().spec(1, 4));
+    let without = plan(shape().build().unwrap().spec(1, 4).ops(&[Op::Append, Op::InfiniWrite]));
     let spans = [Span::new(0, 0, 4)];
     let check = |plan: &TestPlan, entries: usize| {
         let (mut m, mut z, k) = (region(0), region(1 << 20), region(2 << 20));
@@ -222,7 +239,7 @@ proptest! {
     #[test]
     fn accepted_outputs_do_not_repeat(stride in prop::array::uniform4(0usize..40), rows in 1usize..4, heads in 1usize..3) {
         let s = Shape::builder().heads(heads).head_dim(3).block_len(4).build().unwrap();
-        let plan = plan(s.spec(2, 4));
+        let plan = plan(s.spec(2, 4).ops(&[Op::Merge]));
         let layout = Layout::tokens(Dtype::F32, [2, rows, heads, 3]).with_stride(stride);
         let (a, l, mut o) = (region(0), region(1 << 20), region(2 << 20));
         let packed = Layout::tokens(Dtype::F32, [2, rows, heads, 3]);

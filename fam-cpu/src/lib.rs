@@ -25,6 +25,8 @@
 //!
 //! NaN and infinities in a key or value reach exactly the rows that see it.
 
+#![deny(unsafe_code)]
+
 mod append;
 mod attend;
 mod device;
@@ -34,6 +36,7 @@ mod isa;
 mod memory;
 mod merge;
 mod pack;
+#[allow(unsafe_code, reason = "tasks share scratch memory and outputs, and a pool runs borrowed work")]
 mod parallel;
 mod product;
 mod softmax;
@@ -192,6 +195,7 @@ pub const MUTANTS: &[&str] = &[
     "attend-next-memory",
     "attend-origin",
     "attend-partial-tile",
+    "attend-index-32-bit",
     "attend-ring-wrap",
     "attend-scale",
     "attend-sink-weightless",

@@ -75,6 +75,7 @@ impl<'a, T> Rows<'a, T> {
     /// Row number `index`, reduced modulo the size of a ring.
     #[inline(always)]
     pub fn get(&self, index: u64) -> &'a [T] {
+        let index = mutate!("attend-index-32-bit", index, index & 0xffff_ffff);
         let row = mutate!("attend-ring-wrap", index % self.wrap, index.min(self.wrap - 1));
         let first = self.first + row as usize * self.stride;
         &self.data[first..first + self.len]

@@ -24,8 +24,10 @@ pub enum Par<'q> {
     /// On the caller's threads.
     Caller(&'q dyn Executor),
     /// Part `ith` of `nth` of one phase of the op, on the calling thread. The caller runs all parts, on threads of its own if it likes,
-    /// with a barrier between the phases that [`fam_core::Support::phases`] counts. Every part is handed the same arguments and scratch
-    /// memory of its own (plans of [`crate::Cpu::with_threads`]`(1)` ask for no more than that); parts write disjoint rows.
+    /// with a barrier between the phases that [`fam_core::Support::phases`] counts. For single operations, not for
+    /// [`fam_core::Streams`], whose steps are several. Rust's borrows let parts follow each other; whoever runs them at once hands every
+    /// part the same buffers by raw pointer, as engines in C do, and owes that nothing else touches them. Every part has scratch memory of
+    /// its own (plans of [`crate::Cpu::with_threads`]`(1)` ask for no more than that); parts write disjoint rows.
     Slice {
         /// Which part, below `nth`.
         ith: usize,
@@ -195,15 +197,15 @@ pub(crate) fn run(
     Ok(())
 }
 
-/// Runs `body` once: on the calling thread, or in part 0.
+/// Runs `body` on the calling thread.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a bad slice.
+/// [`Error::Invalid`] for a slice that is not the whole.
 pub(crate) fn run_once(par: &Par<'_>, body: impl FnOnce()) -> Result<()> {
     if let Par::Slice { ith, nth, phase } = *par {
         check_slice(ith, nth, phase)?;
-        if ith > 0 {
-            return Ok(());
+        if nth > 1 {
+            return Err(Error::invalid("slice.nth", nth, "1: only operations can be cut into slices"));
         }
     }
     body();

@@ -185,3 +185,23 @@ fn a_plan_for_other_streams() {
     assert_eq!(layer.snapshots(), before);
     layer.tokens(0, FEED, 1).unwrap();
 }
+
+/// A restore that cannot succeed says so before it touches the slot.
+#[test]
+fn a_restore_with_the_wrong_plan_or_scratch_changes_nothing() {
+    for shape in shapes() {
+        let mut layer = Layer::new(&shape, 2);
+        layer.run_to(0, FEED, 3, 4);
+        layer.run_to(1, Feed(2), 1, 4);
+        let (saved, before) = (layer.snapshot(0), layer.snapshot(1));
+        let Layer { plan, streams, scratch, .. } = &mut layer;
+        let short = streams.restore(plan, &mut Par::Serial, 1, &saved, &mut []);
+        assert!(plan.support().scratch_bytes == 0 || matches!(short, Err(Error::Invalid { field: "scratch", .. })), "{short:?}");
+        let spec = shape.spec(2, 0).slots(2).ring_rows(plan.spec().ring_rows()).build().unwrap();
+        let without_rows = cpu().plan(&spec).unwrap();
+        let refused = streams.restore(&without_rows, &mut Par::Serial, 1, &saved, scratch.borrow_mut());
+        assert!(matches!(refused, Err(Error::LimitExceeded { .. })), "{refused:?}");
+        assert_eq!(layer.snapshot(1), before);
+        layer.run_to(1, Feed(2), 2, 4);
+    }
+}

@@ -29,6 +29,17 @@ pub(crate) struct InfiniBuffers<O> {
     pub z_layout: Layout,
 }
 
+impl<O> InfiniBuffers<O> {
+    /// The write of a step: nothing for streams whose segment is not complete yet.
+    fn write<'a, M: ?Sized + Memory>(&'a mut self, spans: Spans<'a, M>) -> InfiniWrite<'a, M>
+    where
+        O: BorrowMut<M>,
+    {
+        let (m, z) = (ViewMut::new(self.m.borrow_mut(), self.m_layout), ViewMut::new(self.z.borrow_mut(), self.z_layout));
+        InfiniWrite::new(spans, Keys::Ring(self.ring.borrow()), m, z)
+    }
+}
+
 impl<B: Device> Buffers<B> {
     pub fn new(backend: &B, plan: &B::Plan) -> Result<Self> {
         let spec = plan.spec();
@@ -122,6 +133,9 @@ impl<B: Device> Buffers<B> {
             Append::new(spans).rows(u.k, step.v, i.ring.borrow_mut()).validate(plan, scratch)?;
         }
         self.attend(spans, &mut step).validate(plan, scratch)?;
+        if let Some(i) = &mut self.infini {
+            i.write(spans).validate(plan, scratch)?;
+        }
 
         backend.append(plan, queue, Append::new(spans).rows(step.k, step.v, self.ring.borrow_mut()), scratch)?;
         if step.rows.is_some() || step.mem_rows.is_some() {
@@ -129,10 +143,7 @@ impl<B: Device> Buffers<B> {
         }
         if let (Some(i), Some(u)) = (&mut self.infini, &step.infini) {
             backend.append(plan, queue, Append::new(spans).rows(u.k, step.v, i.ring.borrow_mut()), scratch)?;
-            let (m, z) = (ViewMut::new(i.m.borrow_mut(), i.m_layout), ViewMut::new(i.z.borrow_mut(), i.z_layout));
-            // Writes nothing for streams whose segment is not complete yet.
-            let write = InfiniWrite::new(spans, Keys::Ring(i.ring.borrow()), m, z);
-            backend.infini_write(plan, queue, write, scratch)?;
+            backend.infini_write(plan, queue, i.write(spans), scratch)?;
         }
         Ok(())
     }

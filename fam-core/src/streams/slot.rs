@@ -70,6 +70,10 @@ impl Slot {
             let rule = format!("at most {room}: a step stays inside one block of {block_len}");
             return Err(Error::invalid("len", len, rule));
         }
+        if self.position + u64::from(len) > u64::MAX / 2 {
+            let requested = self.position + u64::from(len);
+            return Err(Error::LimitExceeded { what: "position after the step", requested, max: u64::MAX / 2 });
+        }
         let (mem_entry, mem_rows) = self.memory(shape, slot)?;
         let completes = u64::from(len) == room;
         let next = Slot {
