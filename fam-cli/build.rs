@@ -17,9 +17,10 @@ fn is_checkout() -> bool {
 fn main() {
     let mut commit = None;
     if is_checkout() {
-        commit = run("git", &["describe", "--always", "--dirty", "--abbrev=12"]);
-        // The commit moves with HEAD and with what HEAD names.
-        for path in ["HEAD", "logs/HEAD", "index"] {
+        commit = run("git", &["--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12"]);
+        // The commit moves with HEAD and with what HEAD names. Not watched is the index, which git itself rewrites when it likes: a build
+        // after edits alone keeps the mark "dirty", or its absence, of the build before.
+        for path in ["HEAD", "logs/HEAD"] {
             if let Some(path) = run("git", &["rev-parse", "--git-path", path]) {
                 println!("cargo:rerun-if-changed={path}");
             }
