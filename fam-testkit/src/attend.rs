@@ -4,6 +4,7 @@ use crate::case::Case;
 use crate::check::{Checker, RowCheck};
 use crate::data::{Data, Role};
 use crate::distribution::Distribution;
+use crate::finite::Finite;
 use crate::harness::Harness;
 use crate::launch::{Loaded, LoadedKeys, LoadedSpans, Stop, plan};
 use crate::tolerance::{Condition, Level, Limits, infini_read, tiles};
@@ -143,7 +144,8 @@ fn check_group(
     let (b, d) = (shape.block_len(), shape.head_dim());
     let is_memory = role == Role::MemO;
     let [tensor, lse_tensor] = if is_memory { ["mem_o", "mem_lse"] } else { ["o", "lse"] };
-    let poisoned = NotFinite::new(case, data);
+    let visible = Visible::new(case, data);
+    let q = data.get(if is_memory { Role::MemQ } else { Role::Q });
     let key_tile = checker.limits.key_tile;
     for place in case.places(role) {
         let [n, i, r] = place.value;
@@ -157,20 +159,29 @@ fn check_group(
         let tiles = tiles(keys, b, span.mem_rows as usize, key_tile);
         for h in 0..shape.heads() {
             let at = [n, i, r, h];
-            let sink = case.sink.then(|| data.get(Role::Sink).data[h]);
+            // −inf is no sink.
+            let sink = case.sink.then(|| data.get(Role::Sink).data[h]).filter(|sink| *sink > f64::NEG_INFINITY);
+            let seen = visible.of(n, h / shape.group());
+            let v_max = expected.v_max[at];
             let s = expected.s[at];
             let s = if case.distribution.has_exact_logits() {
                 40.0
-            } else if s.is_finite() {
-                s.max(sink.unwrap_or(0.0).abs())
             } else {
-                // Beside a key that is not finite, the finite ones are at most five deviations long.
-                25.0 * case.scale().abs() * d as f64
+                seen.filter(|_| !s.is_finite()).map_or(s, |seen| seen.s(q.row(&at), case.scale()))
             };
             let (o, a) = (expected.o.row(&at), expected.a.row(&at));
             let lse = expected.lse[at];
             let is_hidden = expected.s[at].is_infinite() && a.iter().all(|a| *a == 0.0);
-            let condition = Condition { o: 0.0, a: 0.0, s, n: expected.n[at], tiles, d: d as f64, v_max: expected.v_max[at] };
+            let condition = Condition {
+                o: 0.0,
+                a: 0.0,
+                s,
+                sink: sink.unwrap_or(0.0).abs(),
+                n: expected.n[at],
+                tiles,
+                d: d as f64,
+                v_max: seen.filter(|_| !v_max.is_finite()).map_or(v_max, |seen| seen.v_max),
+            };
             let row = RowCheck {
                 tensor,
                 lse_tensor,
@@ -182,7 +193,7 @@ fn check_group(
                 condition,
                 is_empty: lse == f64::NEG_INFINITY || (is_hidden && sink == Some(lse)),
                 is_copy: expected.n[at] == 1.0 && sink.is_none() && lse.is_finite(),
-                sees_poisoned_tile: poisoned.sees(n, h / shape.group()),
+                sees_poisoned_tile: seen.is_some_and(|seen| seen.has_others),
                 counts_for_bias: !matches!(case.distribution, Distribution::NonFinite | Distribution::Denormals),
             };
             match read {
@@ -243,29 +254,27 @@ impl<'a> Reads<'a> {
     }
 }
 
-/// Which streams and kv heads have a key or a value that is not finite.
-struct NotFinite(Vec<Vec<bool>>);
+/// What is finite among the keys and values that each stream and kv head sees, in cases where not all are.
+struct Visible(Vec<Vec<Finite>>);
 
-impl NotFinite {
+impl Visible {
     fn new(case: &Case, data: &Data) -> Self {
         if case.distribution != Distribution::NonFinite {
-            return NotFinite(Vec::new());
+            return Visible(Vec::new());
         }
-        let heads = case.shape.kv_heads();
-        let mut seen = vec![vec![false; heads]; case.batch()];
+        let mut seen = vec![vec![Finite::new(case.shape.head_dim()); case.shape.kv_heads()]; case.batch()];
         for role in [Role::K, Role::V, Role::MemK, Role::MemV] {
+            let take = if matches!(role, Role::K | Role::MemK) { Finite::key } else { Finite::value };
             let values = data.get(role);
             for place in case.places(role) {
                 let [n, i, r] = place.value;
-                for (h, seen) in seen[n].iter_mut().enumerate() {
-                    *seen |= values.row(&[n, i, r, h]).iter().any(|x| !x.is_finite());
-                }
+                seen[n].iter_mut().enumerate().for_each(|(h, seen)| take(seen, values.row(&[n, i, r, h])));
             }
         }
-        NotFinite(seen)
+        Visible(seen)
     }
 
-    fn sees(&self, n: usize, kv_head: usize) -> bool {
-        self.0.get(n).is_some_and(|heads| heads[kv_head])
+    fn of(&self, n: usize, kv_head: usize) -> Option<&Finite> {
+        self.0.get(n).map(|heads| &heads[kv_head])
     }
 }

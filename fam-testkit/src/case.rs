@@ -177,6 +177,11 @@ impl Case {
         self.keys == KeySource::Ring && self.spans.iter().any(|s| s.len > 0 && s.end() - s.origin > self.ring_rows() as u64)
     }
 
+    /// Whether any stream's keys lie 2³² positions or more from its origin: beyond what 32 bits count.
+    pub fn is_far(&self) -> bool {
+        self.spans.iter().any(|s| s.start - s.origin >= 1 << 32)
+    }
+
     /// Whether it has two blocks or more, ring wrap, shared kv heads and memory keys, all at once.
     pub fn is_dense(&self) -> bool {
         self.blocks() >= 2 && self.wraps() && self.shape.group() > 1 && self.shape.mem_len() > 0

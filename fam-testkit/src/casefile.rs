@@ -28,6 +28,9 @@ use std::path::Path;
 pub use tensors::Tensor;
 use tensors::{FILE, Header, Tensors, file_dtype};
 
+/// The largest `start` of a stream.
+pub(crate) const MAX_START: u64 = u64::MAX / 4;
+
 /// Names of the results, in the order of reports.
 pub const OUTPUTS: [&str; 6] = ["o", "lse", "mem_o", "mem_lse", "m", "z"];
 
@@ -158,8 +161,8 @@ impl CaseFile {
         let shape = shape.build()?;
 
         let start = tensors.integers("start", batch)?.unwrap_or_else(|| vec![0; batch]);
-        if let Some(&late) = start.iter().find(|&&s| s > u64::MAX / 4) {
-            return Err(Error::LimitExceeded { what: "start", requested: late, max: u64::MAX / 4 });
+        if let Some(&late) = start.iter().find(|&&s| s > MAX_START) {
+            return Err(Error::LimitExceeded { what: "start", requested: late, max: MAX_START });
         }
         let lengths = tensors.integers("lengths", batch)?.unwrap_or_else(|| vec![tokens as u64; batch]);
         if let Some(long) = lengths.iter().find(|&&l| l > tokens as u64) {

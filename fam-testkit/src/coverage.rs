@@ -2,6 +2,7 @@
 
 use crate::case::{Case, KeySource};
 use crate::distribution::Distribution;
+use crate::wild;
 use fam_core::{Dtype, Op, Window};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -61,7 +62,15 @@ impl Coverage {
             ("sink", flag(case.sink)),
             ("lse", flag(case.lse)),
             ("fused infini", flag(case.fused)),
-            ("device spans", flag(case.device_spans)),
+            (
+                "device spans",
+                name(match (case.device_spans, wild::spans(case)) {
+                    (false, _) => "no",
+                    (true, Ok(spans)) if spans != case.spans => "to be clamped",
+                    _ => "yes",
+                }),
+            ),
+            ("2^32 from the origin", flag(case.is_far())),
             (
                 "row groups",
                 name(match (case.rows, case.mem_rows) {

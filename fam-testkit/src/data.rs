@@ -340,6 +340,8 @@ fn fill(case: &Case, role: Role, distribution: Distribution) -> Array<5> {
         Source::new(distribution, s.dtype(), [s.heads(), s.head_dim()], case.scale(), keys, Rng::of(case.seed, family));
     source.reseed(Rng::of(case.seed, role.name()));
     let mut rng = Rng::of(case.seed, role.name());
+    // A sink of −inf is none.
+    let mut absent = Rng::of(case.seed, "absent sinks");
     for n in 0..n {
         for i in 0..i {
             for r in 0..rows {
@@ -355,6 +357,7 @@ fn fill(case: &Case, role: Role, distribution: Distribution) -> Array<5> {
                             row.iter_mut().for_each(|x| *x = (*x * (1.0 - rng.unit() / 512.0)) as f32 as f64);
                         }
                         Beta => row[0] = (rng.pick(&[0.5, 1.0, 4.0]) * rng.normal()).clamp(-12.0, 12.0) as f32 as f64,
+                        _ if absent.chance(1, 8) => row[0] = f64::NEG_INFINITY,
                         _ => row[0] = (4.0 * rng.normal()) as f32 as f64,
                     }
                 }

@@ -111,7 +111,47 @@ fn attempt(seed: u64, op: Op, dtype: Dtype, distribution: Distribution, is_dense
         span.mem_entry = rng.below(4 * case.mem_entries) as u32;
         span.state_entry = rng.below(4 * case.state_entries) as u32;
     }
+    if case.device_spans {
+        rest(&mut case);
+    }
+    if case.keys == KeySource::Ring {
+        far(&mut case);
+    }
     (!is_dense || case.is_dense()).then_some(case)
+}
+
+/// Leaves a stream without tokens, as a captured graph meets it whose batch is larger than what is left to do.
+fn rest(case: &mut Case) {
+    let mut rng = Rng::of(case.seed, "rest");
+    let n = rng.below(case.batch());
+    if case.batch() > 1 && rng.chance(1, 3) {
+        (case.spans[n].len, case.spans[n].mem_rows) = (0, 0);
+    }
+}
+
+/// Moves some streams on to where numbers of 16, 32 and 48 bits, and positions altogether, end; the place in the block stays.
+fn far(case: &mut Case) {
+    let mut rng = Rng::of(case.seed, "far");
+    let (b, ring_rows) = (case.shape.block_len() as u64, case.ring_rows());
+    for span in &mut case.spans {
+        if !rng.chance(1, 5) {
+            continue;
+        }
+        let around = |place: u64, rng: &mut Rng| place - ring_rows as u64 + rng.below(2 * ring_rows) as u64;
+        let target = match rng.below(5) {
+            0 => around(1 << 16, &mut rng),
+            1 => around(1 << 32, &mut rng),
+            2 => (1 << 33) + rng.below(100_000) as u64,
+            3 => (1 << 48) + rng.below(100_000) as u64,
+            // No position is past the last.
+            _ => u64::MAX / 2 - u64::from(span.len) - rng.below(3) as u64,
+        };
+        span.origin = span.origin.min(3 * b - 1);
+        span.start = target / b * b + span.start % b;
+        if span.start > target {
+            span.start -= b;
+        }
+    }
 }
 
 fn shape(op: Op, dtype: Dtype, distribution: Distribution, is_dense: bool, rng: &mut Rng) -> Option<Shape> {
@@ -209,13 +249,15 @@ mod tests {
     #[test]
     fn coverage_of_ten_thousand_cases() {
         let mut coverage = Coverage::default();
-        let mut work = 0;
+        let (mut work, mut far) = (0, 0);
         for i in 0..10_000 {
             let case = Case::from_seed(case_seed(1, i));
             assert!(case.spec().is_ok(), "{case}: {:?}", case.spec());
             work += case.work();
+            far += u64::from(case.is_far());
             coverage.add(&case);
         }
+        assert!(far > 500, "{far}");
         println!("{coverage}\nmean work {}", work / 10_000);
         assert!(coverage.dense_share() >= 0.3, "{}", coverage.dense_share());
         assert!(coverage.gaps().is_empty(), "{:?}", coverage.gaps());

@@ -1,7 +1,7 @@
 //! Generated cases as case files.
 
 use crate::case::{Case, KeySource, Strides};
-use crate::casefile::{CaseFile, InfiniCase, Tensor};
+use crate::casefile::{CaseFile, InfiniCase, MAX_START, Tensor};
 use crate::data::{Data, Role};
 use crate::distribution::Distribution;
 use crate::judge::Reference;
@@ -12,13 +12,16 @@ use std::collections::BTreeMap;
 /// The case as a file with its expected results: sizes, spans and values of the case, each stream beginning where its span does, since a
 /// file has no keys before its tokens. `infini_read` and fused reads become op "infini" with every segment read and written.
 ///
-/// `None` for what a file cannot hold: other ops, no block rows, no tokens, values that are not finite.
+/// `None` for what a file cannot hold: other ops, no block rows, no tokens, values that are not finite, positions past its last.
 ///
 /// # Errors
 /// None for a case that [`Case::from_seed`] gave.
 pub fn case_file(case: &Case) -> Result<Option<CaseFile>> {
     let is_attention = matches!(case.op, Op::Attend | Op::InfiniRead);
     if !is_attention || !case.rows || case.is_empty() || case.distribution == Distribution::NonFinite {
+        return Ok(None);
+    }
+    if case.spans.iter().any(|span| span.start > MAX_START) {
         return Ok(None);
     }
     let s = case.shape;

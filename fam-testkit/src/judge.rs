@@ -2,6 +2,7 @@
 
 use crate::casefile::{CaseFile, InfiniCase, OUTPUTS, Tensor};
 use crate::check::{Checker, Element, Worst, Wrong, edges};
+use crate::finite::Finite;
 use crate::tolerance::{Bound, Condition, Level, Limits, infini_delta, infini_read, infini_write, infini_z, tiles};
 use fam_core::{Dtype, InfiniRule, Span};
 use fam_ref::{Array, Attended, Rows};
@@ -70,6 +71,43 @@ fn memory(case: &CaseFile, tensor: &Tensor) -> Array<5> {
     full
 }
 
+/// What is finite among the keys and values of each stream and kv head.
+fn finite(case: &CaseFile, kv: [&Array<4>; 2], mem: Option<&(Array<5>, Array<5>)>) -> Vec<Vec<Finite>> {
+    let mut finite = vec![vec![Finite::new(case.shape.head_dim()); case.shape.kv_heads()]; case.batch];
+    for (n, heads) in finite.iter_mut().enumerate() {
+        for (h, seen) in heads.iter_mut().enumerate() {
+            let [k, v] = kv;
+            for t in 0..case.lengths[n] as usize {
+                seen.key(k.row(&[n, t, h]));
+                seen.value(v.row(&[n, t, h]));
+            }
+            if let Some((k, v)) = mem {
+                for (i, f) in (0..k.shape[1]).flat_map(|i| (0..k.shape[2]).map(move |f| (i, f))) {
+                    seen.key(k.row(&[n, i, f, h]));
+                    seen.value(v.row(&[n, i, f, h]));
+                }
+            }
+        }
+    }
+    finite
+}
+
+/// Takes S and max |v| over what is finite, where the rows see other values too.
+fn keep_finite<'a>(case: &CaseFile, rows: &mut Rows, finite: &[Vec<Finite>], q: impl Fn([usize; 4]) -> &'a [f64]) {
+    let [batch, blocks, count, heads] = rows.s.shape;
+    for (n, h) in (0..batch).flat_map(|n| (0..heads).map(move |h| (n, h))) {
+        let seen = &finite[n][h / case.shape.group()];
+        for at in (0..blocks).flat_map(|i| (0..count).map(move |r| [n, i, r, h])) {
+            if !rows.s[at].is_finite() {
+                rows.s[at] = seen.s(q(at), case.shape.scale().into());
+            }
+            if !rows.v_max[at].is_finite() {
+                rows.v_max[at] = seen.v_max;
+            }
+        }
+    }
+}
+
 impl Reference {
     /// Computes the case in f64.
     pub fn new(case: &CaseFile) -> Self {
@@ -77,7 +115,7 @@ impl Reference {
         let mem_q = case.mem_q.as_ref().map(|t| memory(case, t));
         let mem = case.mem.as_ref().map(|(k, v)| (memory(case, k), memory(case, v)));
         let sink = case.sink.as_ref().map(Tensor::values);
-        let attended = fam_ref::attend(&fam_ref::Attend {
+        let mut attended = fam_ref::attend(&fam_ref::Attend {
             shape: &case.shape,
             spans: &spans,
             q: Some(&q),
@@ -88,6 +126,12 @@ impl Reference {
             mem_v: mem.as_ref().map(|(_, v)| v),
             sink: sink.as_deref(),
         });
+        let finite = finite(case, [&k, &v], mem.as_ref());
+        let q_rows = |[n, _, r, h]: [usize; 4]| q.row(&[n, r, h]);
+        attended.rows.iter_mut().for_each(|rows| keep_finite(case, rows, &finite, q_rows));
+        if let (Some(rows), Some(q)) = (&mut attended.mem_rows, &mem_q) {
+            keep_finite(case, rows, &finite, |at| q.row(&at));
+        }
         let infini = case.infini.as_ref().map(|infini| {
             let q = infini.q.as_ref().map_or(q, tokens);
             let k = infini.k.as_ref().map_or(k, tokens);
@@ -111,7 +155,7 @@ impl Reference {
             let expected = case.expected.get(name).map(Tensor::values);
             let mut checker = Checker::new(Level::Hard, case.shape.dtype(), output.dtype, limits);
             let bound = checker.bound;
-            self.elements(case, name, &bound, |item| {
+            self.elements(case, name, &bound, limits.key_tile, |item| {
                 let [n, i, r, ..] = item.at.index;
                 let is_before = match name {
                     "o" | "lse" => r < first,
@@ -156,7 +200,7 @@ impl Reference {
             let shape = case.output_shape(name);
             let mut values = vec![0.0; shape.iter().product()];
             let mut is_there = false;
-            self.elements(case, name, &checker.bound, |item| {
+            self.elements(case, name, &checker.bound, limits.key_tile, |item| {
                 values[item.index] = item.expected;
                 is_there = true;
             });
@@ -168,16 +212,24 @@ impl Reference {
     }
 
     /// Calls `visit` for every element of output `name`.
-    fn elements(&self, case: &CaseFile, name: &'static str, bound: &Bound<'_>, visit: impl FnMut(Item)) {
+    fn elements(&self, case: &CaseFile, name: &'static str, bound: &Bound<'_>, key_tile: usize, visit: impl FnMut(Item)) {
         match (name, &self.attended) {
-            ("o" | "lse", Attended { rows: Some(rows), .. }) => self.rows(case, name, rows, bound, visit),
-            ("mem_o" | "mem_lse", Attended { mem_rows: Some(rows), .. }) => self.rows(case, name, rows, bound, visit),
+            ("o" | "lse", Attended { rows: Some(rows), .. }) => self.rows(case, name, rows, bound, key_tile, visit),
+            ("mem_o" | "mem_lse", Attended { mem_rows: Some(rows), .. }) => self.rows(case, name, rows, bound, key_tile, visit),
             ("m" | "z", _) => self.state(case, name, visit),
             _ => {}
         }
     }
 
-    fn rows(&self, case: &CaseFile, name: &'static str, rows: &Rows, bound: &Bound<'_>, mut visit: impl FnMut(Item)) {
+    fn rows(
+        &self,
+        case: &CaseFile,
+        name: &'static str,
+        rows: &Rows,
+        bound: &Bound<'_>,
+        key_tile: usize,
+        mut visit: impl FnMut(Item),
+    ) {
         let is_memory = name.starts_with("mem_");
         let (shape, sizes) = (&case.shape, rows.o.shape);
         let (b, d) = (shape.block_len(), shape.head_dim());
@@ -189,13 +241,16 @@ impl Reference {
                 let keys = if is_memory { span.block_keys(i, b) } else { span.window_first(position, shape)..position + 1 };
                 for h in 0..shape.heads() {
                     let row = [n, i, r, h];
-                    let (lse, sink) = (rows.lse[row], sinks.as_ref().map(|s| s[h]));
+                    // −inf is no sink.
+                    let sink = sinks.as_ref().map(|s| s[h]).filter(|s| *s != f64::NEG_INFINITY);
+                    let lse = rows.lse[row];
                     let condition = Condition {
                         o: 0.0,
                         a: 0.0,
-                        s: rows.s[row].max(sink.map_or(0.0, f64::abs)),
+                        s: rows.s[row],
+                        sink: sink.map_or(0.0, f64::abs),
                         n: rows.n[row],
-                        tiles: tiles(keys.clone(), b, span.mem_rows as usize, 1),
+                        tiles: tiles(keys.clone(), b, span.mem_rows as usize, key_tile),
                         d: d as f64,
                         v_max: rows.v_max[row],
                     };

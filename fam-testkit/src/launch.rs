@@ -4,6 +4,7 @@ use crate::case::{Case, KeySource};
 use crate::data::{Data, Place, Role};
 use crate::guard::{CANARY, Tensor};
 use crate::harness::{Harness, Mem, Owned};
+use crate::wild;
 use fam_core::{Append, Backend, Error, Keys, Layout, Plan, Span, Spans, Spec, View, ViewMut};
 use fam_ref::Array;
 use std::borrow::{Borrow, BorrowMut};
@@ -99,7 +100,7 @@ impl<H: Harness + ?Sized> Loaded<H> {
     }
 }
 
-/// Spans on the host, and the same in device memory where the case wants them there.
+/// Spans on the host, or in device memory where the case wants them there: as they are before the kernel has clamped them.
 pub(crate) struct LoadedSpans<'a, H: Harness + ?Sized> {
     host: &'a [Span],
     device: Option<Owned<H>>,
@@ -107,7 +108,7 @@ pub(crate) struct LoadedSpans<'a, H: Harness + ?Sized> {
 
 impl<'a, H: Harness + ?Sized> LoadedSpans<'a, H> {
     pub fn new(h: &H, case: &'a Case) -> Result<Self, Stop> {
-        let device = case.device_spans.then(|| h.upload(bytemuck::cast_slice(&case.spans))).transpose()?;
+        let device = case.device_spans.then(|| h.upload(bytemuck::cast_slice(&wild::spans(case)?))).transpose()?;
         Ok(LoadedSpans { host: &case.spans, device })
     }
 

@@ -29,6 +29,7 @@ mod data;
 mod distribution;
 mod draw;
 mod endless;
+mod finite;
 mod generate;
 mod guard;
 mod harness;
@@ -45,6 +46,7 @@ mod rng;
 mod runner;
 mod streams;
 mod tolerance;
+mod wild;
 
 pub use case::{Case, Filter, KeySource, Strides, Style};
 pub use casefile::{CaseFile, InfiniCase, OUTPUTS, Tensor, read_file, read_outputs, write_outputs};

@@ -191,8 +191,8 @@ impl Near {
         if self.worst.is_none_or(|w| ratio > w.ratio) {
             self.worst = Some(Worst { ratio, at });
         }
-        // NaN must not pass.
-        if ratio > 1.0 || ratio.is_nan() {
+        // A bound that is NaN or infinite could not be broken.
+        if ratio > 1.0 || ratio.is_nan() || !bound.is_finite() {
             self.wrong.get_or_insert(Wrong { at, got, expected, bound });
         }
     }

@@ -1,12 +1,12 @@
 //! The bound that a result is held to: derived from the problem, not chosen.
 //!
 //! Per row, with logits s_t and weights p_t of the reference: A_j = Σ p_t |v_tj|, S = |scale|·max_t Σ_c |q_c k_tc|, n visible keys in
-//! `tiles` tiles, D channels; u the unit roundoff of a type; P16 = 1 where probabilities are rounded to 16 bits before P·V.
+//! `tiles` tiles, D channels, a sink of magnitude Z (0 without one); u the unit roundoff of a type; P16 = 1 where probabilities are rounded to 16 bits before P·V.
 //!
 //! ```text
-//! HARD_j = u_out|o_j| + P16·1.01·u_P·A_j + u32·A_j·(2S(D+4) + n + 3·tiles + 12) + tiny
-//! STAT_j = u_out|o_j| + P16·1.01·u_P·A_j + u32·A_j·(2S(√D+4) + 4√n + 12) + tiny
-//! LSE    = u32·(|lse| + 2S(D+4) + n + 8)
+//! HARD_j = u_out|o_j| + P16·1.01·u_P·A_j + u32·A_j·(2S(D+4) + 2Z + n + 3·tiles + 12) + tiny
+//! STAT_j = u_out|o_j| + P16·1.01·u_P·A_j + u32·A_j·(2S(√D+4) + 2Z + 4√n + 12) + tiny
+//! LSE    = u32·(|lse| + 2S(D+4) + 2Z + n + 8)
 //! tiny   = half the least positive number of the output's type, and gradual underflow inside the kernel:
 //!          2⁻¹⁵⁰·(n + 3·tiles) of products and rescales in f32, and of probabilities
 //!          2⁻²⁵·max|v|·(n, or √n in STAT) where they are f16, 2⁻¹⁵⁰·max|v|·n in f32
@@ -15,6 +15,7 @@
 //! Where logits are exact in f32, S is 40. A kernel with another source of error declares it as a [`Term`].
 
 use crate::distribution::exp2;
+use crate::finite::magnitude;
 use fam_core::Dtype;
 
 /// u of f32.
@@ -37,15 +38,18 @@ pub struct Condition {
     pub o: f64,
     /// A_j.
     pub a: f64,
-    /// S; a sink's magnitude counts too.
+    /// S.
     pub s: f64,
+    /// Z: the sink's magnitude; 0 without one, and for a sink of −inf, which is none. A given logit, it only loses in the difference
+    /// from the maximum.
+    pub sink: f64,
     /// Visible keys.
     pub n: f64,
     /// Key tiles.
     pub tiles: f64,
     /// D.
     pub d: f64,
-    /// max |v| over the visible keys.
+    /// max |v| over the visible keys; over the finite values where there are others.
     pub v_max: f64,
 }
 
@@ -94,9 +98,10 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Those of a kernel of which nothing is known: probabilities in 16 bits with 16-bit inputs, NaN anywhere in its tiles.
+    /// Those of a kernel of which nothing is known: it may look at the maximum after every key, round probabilities to 16 bits with 16-bit
+    /// inputs, and have NaN anywhere in its tiles.
     pub fn any_kernel() -> Self {
-        Limits { p16: &[Dtype::F16, Dtype::Bf16], nan: NanReach::Tiles, ..Limits::default() }
+        Limits { key_tile: 1, p16: &[Dtype::F16, Dtype::Bf16], nan: NanReach::Tiles, ..Limits::default() }
     }
 
     /// Sets the largest tensor.
@@ -157,15 +162,15 @@ impl<'a> Bound<'a> {
 
     /// Of an element of the f32 accumulator that `o` is rounded from.
     pub fn o_f32(&self, c: &Condition) -> f64 {
-        let Condition { a, s, n, tiles, d, v_max, .. } = *c;
+        let Condition { a, s, sink, n, tiles, d, .. } = *c;
+        let v_max = magnitude(c.v_max);
         let (terms, keys) = match self.level {
-            Level::Hard => (2.0 * s * (d + 4.0) + n + 3.0 * tiles + 12.0, n),
-            Level::Stat => (2.0 * s * (d.sqrt() + 4.0) + 4.0 * n.sqrt() + 12.0, n.sqrt()),
+            Level::Hard => (2.0 * s * (d + 4.0) + 2.0 * sink + n + 3.0 * tiles + 12.0, n),
+            Level::Stat => (2.0 * s * (d.sqrt() + 4.0) + 2.0 * sink + 4.0 * n.sqrt() + 12.0, n.sqrt()),
         };
         let p16 = match self.p16 {
             // f32 probabilities underflow gradually. Only a row whose sink outweighs all of its keys can tell.
-            None if v_max.is_finite() => exp2(-150) * n * v_max,
-            None => 0.0,
+            None => exp2(-150) * n * v_max,
             Some(Dtype::F16) => 1.01 * Dtype::F16.unit_roundoff() * a + exp2(-25) * keys * v_max,
             Some(p) => 1.01 * p.unit_roundoff() * a,
         };
@@ -176,7 +181,7 @@ impl<'a> Bound<'a> {
 
     /// Of the log-sum-exp `lse`.
     pub fn lse(&self, lse: f64, c: &Condition) -> f64 {
-        U32 * (lse.abs() + 2.0 * c.s * (c.d + 4.0) + c.n + 8.0)
+        U32 * (lse.abs() + 2.0 * c.s * (c.d + 4.0) + 2.0 * c.sink + c.n + 8.0)
     }
 
     /// Of the gated output, whose two parts have errors of `a_error` and `o_error` in f32.
@@ -252,17 +257,22 @@ mod tests {
     #[test]
     fn formulas() {
         let limits = Limits::default();
-        let c = Condition { o: 0.5, a: 2.0, s: 3.0, n: 16.0, tiles: 2.0, d: 64.0, v_max: 4.0 };
+        let c = Condition { o: 0.5, a: 2.0, s: 3.0, sink: 0.0, n: 16.0, tiles: 2.0, d: 64.0, v_max: 4.0 };
         let bound = Bound::new(Level::Hard, Dtype::F32, Dtype::F32, &limits);
         assert_eq!(bound.o(&c), U32 * 0.5 + U32 * 2.0 * (6.0 * 68.0 + 16.0 + 6.0 + 12.0) + exp2(-150) * (16.0 + 6.0 + 1.0));
         let only_sink = Condition { o: 0.0, a: 0.0, ..c };
         assert_eq!(bound.o(&only_sink), exp2(-150) * (16.0 * 4.0 + 16.0 + 6.0 + 1.0));
+        let with_sink = Condition { sink: 5.0, ..c };
+        approx(bound.o(&with_sink) - bound.o(&c), U32 * 2.0 * 10.0);
+        approx(bound.lse(1.0, &with_sink) - bound.lse(1.0, &c), U32 * 10.0);
         let bound = Bound { level: Level::Stat, ..bound };
         assert_eq!(bound.o_f32(&c), U32 * 2.0 * (6.0 * 12.0 + 16.0 + 12.0));
         let p16 = Limits::default().p16(&[Dtype::F16]);
         let half = Bound::new(Level::Hard, Dtype::F16, Dtype::F32, &p16);
         let plain = Bound::new(Level::Hard, Dtype::F16, Dtype::F32, &limits);
         approx(half.o(&c) - plain.o(&c), 1.01 / 2048.0 * 2.0 + exp2(-25) * 16.0 * 4.0);
+        let beside_nan = Condition { v_max: f64::NAN, ..c };
+        assert!(half.o(&beside_nan).is_finite() && plain.o(&beside_nan).is_finite());
         assert_eq!(tiles(5..40, 16, 17, 16), 2.0 + 2.0 + 1.0 + 1.0);
     }
 

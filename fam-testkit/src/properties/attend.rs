@@ -55,7 +55,8 @@ pub(super) fn no_memory<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed,
 
 /// 5, bitwise.
 pub(super) fn unseen<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, Stop> {
-    let base = suitable(seed, |c| c.rows && c.mem_rows && c.blocks() > 0);
+    // From linear caches, which begin at the origin.
+    let base = suitable(seed, |c| c.rows && c.mem_rows && c.blocks() > 0 && c.spans.iter().all(|s| s.start - s.origin < 1 << 15));
     // Memory rows ignore the window.
     let long = with_window(&base, Window::Blocks(3))?;
     let data = Data::new(&long);

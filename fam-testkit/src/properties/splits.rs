@@ -6,6 +6,7 @@ use crate::case::{Case, KeySource};
 use crate::check::Element;
 use crate::data::{Data, Role};
 use crate::distribution::Distribution;
+use crate::finite::magnitude;
 use crate::guard::POISON;
 use crate::harness::Harness;
 use crate::launch::Stop;
@@ -118,6 +119,7 @@ fn condition(case: &Case, rows: &fam_ref::Rows, at: [usize; 4], key_tile: usize)
         o: 0.0,
         a: 0.0,
         s: rows.s[at],
+        sink: 0.0,
         n: rows.n[at],
         tiles: tiles(keys, case.shape.block_len(), span.mem_rows as usize, key_tile),
         d: case.shape.head_dim() as f64,
@@ -131,8 +133,8 @@ pub(super) fn sink<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, Stop
     let without = Case { sink: false, out_dtype: Dtype::F32, mem_rows: false, ..without };
     let with = Case { sink: true, ..without.clone() };
     let data = Data::new(&with);
-    let (a, b) = (launch(h, &without, &data, POISON)?, launch(h, &with, &data, POISON)?);
-    let (Some(a), Some(b)) = (a.rows, b.rows) else { return Err(Stop::Failed("no rows".into())) };
+    let rows = |case| launch(h, case, &data, POISON)?.rows.ok_or_else(|| Stop::Failed("no rows".into()));
+    let (without_sink, with_sink) = (rows(&without)?, rows(&with)?);
     let expected = reference(&without, &data).rows.ok_or_else(|| Stop::Failed("no rows".into()))?;
     let limits = h.limits();
     let bound = Bound::new(Level::Hard, with.shape.dtype(), Dtype::F32, &limits);
@@ -141,16 +143,16 @@ pub(super) fn sink<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, Stop
         let [n, i, r] = place.value;
         for head in 0..with.shape.heads() {
             let (at, sink) = ([n, i, r, head], data.get(Role::Sink).data[head]);
-            let lse = a.lse.as_ref().map_or(f64::NAN, |lse| lse.row(&at)[0]);
+            let lse = without_sink.lse.as_ref().map_or(f64::NAN, |lse| lse.row(&at)[0]);
             let share = fam_ref::gate(lse - sink);
             let c = condition(&with, &expected, at, limits.key_tile);
-            let c = Condition { s: c.s.max(sink.abs()), ..c };
+            let sunk = Condition { sink: magnitude(sink), ..c };
             let lse_error = bound.lse(lse, &c);
-            for (x, &got) in b.o.row(&at).iter().enumerate() {
-                let (o, magnitude) = (a.o.row(&at)[x], expected.a.row(&at)[x]);
-                let plain = bound.o(&Condition { o, a: magnitude, ..c });
-                let sunk = bound.o(&Condition { o: o * share, a: magnitude * share, ..c });
-                let error = share * plain + sunk + share * o.abs() * lse_error;
+            for (x, &got) in with_sink.o.row(&at).iter().enumerate() {
+                let (o, a) = (without_sink.o.row(&at)[x], expected.a.row(&at)[x]);
+                let plain = bound.o(&Condition { o, a, ..c });
+                let rounded = bound.o(&Condition { o: o * share, a: a * share, ..sunk });
+                let error = share * plain + rounded + share * o.abs() * lse_error;
                 near.element(Element { tensor: "o", index: [n, i, r, head, x] }, got, o * share, error);
             }
         }
