@@ -41,7 +41,7 @@ fn main() -> fam::Result<()> {
     cpu.attend(&plan, &mut Par::Pool(&pool), Attend::new(Spans::Host(&spans), keys).rows(rows), &mut scratch)?;
 
     // The same in f64, with the magnitudes that rounding errors grow with.
-    let wide = |x: &[f32], shape| Array::new(shape, x.iter().map(|&x| x.into()).collect());
+    let wide = |x: &[f32], shape| Array { shape, data: x.iter().map(|&x| x.into()).collect() };
     let (q, k, v) = (wide(&q, q_shape), wide(&k, kv_shape), wide(&v, kv_shape));
     let args = fam_ref::Attend {
         shape: &shape,
@@ -54,7 +54,7 @@ fn main() -> fam::Result<()> {
         mem_v: None,
         sink: None,
     };
-    let expected = fam_ref::attend(&args).rows.expect("there are block rows");
+    let expected = fam_ref::attend(&args)?.rows.expect("there are block rows");
 
     let limits = Limits::default();
     let bound = Bound::new(Level::Hard, Dtype::F32, Dtype::F32, &limits);

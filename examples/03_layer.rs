@@ -39,7 +39,7 @@ fn main() -> Result<()> {
 
     // The layer in f64, as the paper has it.
     let mut state = LayerState::new(&shape, prompt.clone(), 0);
-    let reference: Vec<Array<2>> = text.iter().map(|x| layer.block(x, &mut state).0).collect();
+    let reference = text.iter().map(|x| Ok(layer.block(x, &mut state)?.0)).collect::<Result<Vec<_>>>()?;
 
     // The layer around fam's kernels.
     let cpu = Cpu::new()?;
@@ -91,16 +91,16 @@ fn blocks(
     for (block, x) in text.iter().enumerate() {
         // Norm, projections, rotary positions. Tokens and memory rows share the weights.
         let start = (block * BLOCK) as i64;
-        let (tokens, mem) = (layer.project(x, start), layer.project_memory(&memory, start));
+        let (tokens, mem) = (layer.project(x, start)?, layer.project_memory(&memory, start)?);
 
         let [o, mem_o] = attention(&tokens, &mem)?;
         let [o, mem_o] = [(o, BLOCK), (mem_o, MEM)]
-            .map(|(o, rows)| Array::new([rows, HEADS, HEAD_DIM], o.into_iter().map(f64::from).collect()));
+            .map(|(o, rows)| Array { shape: [rows, HEADS, HEAD_DIM], data: o.into_iter().map(f64::from).collect() });
 
         // W_o, residual, feed-forward: to the layer above.
-        outputs.push(layer.finish(&o, x));
+        outputs.push(layer.finish(&o, x)?);
         // The memory rows take the same way, but come back to this same layer: they are the memory of the next block.
-        memory = layer.feed_back(&layer.finish_memory(&mem_o, &memory, block as u64));
+        memory = layer.feed_back(&layer.finish_memory(&mem_o, &memory, block as u64)?)?;
     }
     Ok(outputs)
 }

@@ -20,7 +20,7 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
     let case = CaseFile::open(&args.case).map_err(|e| of(&args.case, e))?;
     let outputs = read_file(&args.output).and_then(|bytes| read_outputs(&bytes, &case)).map_err(|e| of(&args.output, e))?;
     // Nothing is known of the kernel but its results.
-    let verdict = Reference::new(&case).judge(&case, &outputs, &Limits::any_kernel());
+    let verdict = Reference::new(&case)?.judge(&case, &outputs, &Limits::any_kernel());
     for (name, worst) in &verdict.worst {
         report.line(format!("{name:8} worst error {:.3} of its bound", worst.ratio))?;
         report.record("output", json!({ "name": name, "worst": worst.ratio }))?;

@@ -130,7 +130,7 @@ impl Job for Replays<'_> {
             std::fs::write(path, []).map_err(|e| format!("{}: {e}", path.display()))?;
         }
         let modes: Vec<Mode> = args.mode.map_or_else(|| Mode::ALL.to_vec(), |m| vec![m]);
-        let reference = Reference::new(case);
+        let reference = Reference::new(case)?;
         let mut outcome = Outcome::Right;
         let mut first: Option<BTreeMap<String, Tensor>> = None;
         let mut agree = true;

@@ -1,8 +1,12 @@
 //! A row-major array of f64: all that the reference needs of a tensor library.
 
+use fam_core::{Error, Result};
 use std::ops::{Index, IndexMut};
 
 /// Row-major f64 array of `R` axes.
+///
+/// As with a slice, an index outside of it panics. Every operation of this crate checks the arrays that it is given before it reads
+/// them, and returns an error.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Array<const R: usize> {
     /// Elements along each axis, outermost first.
@@ -24,19 +28,18 @@ impl<const R: usize> Array<R> {
 
     /// Takes `data` as it lies.
     ///
-    /// # Panics
+    /// # Errors
     /// Where `data` does not have the shape's number of elements.
-    pub fn new(shape: [usize; R], data: Vec<f64>) -> Self {
-        assert_eq!(data.len(), shape.iter().product::<usize>(), "elements of an array of shape {shape:?}");
-        Array { shape, data }
+    pub fn new(shape: [usize; R], data: Vec<f64>) -> Result<Self> {
+        let array = Array { shape, data };
+        array.check("array", shape)?;
+        Ok(array)
     }
 
-    /// The same elements under another shape.
-    ///
-    /// # Panics
-    /// Where the number of elements differs.
-    pub fn reshape<const S: usize>(self, shape: [usize; S]) -> Array<S> {
-        Array::new(shape, self.data)
+    /// An error that names `field`, unless the array has the shape `expected` and all its elements.
+    pub(crate) fn check(&self, field: &'static str, expected: [usize; R]) -> Result<()> {
+        check(field, format_args!("shape {:?}", self.shape), self.shape == expected, format_args!("shape {expected:?}"))?;
+        check_len(field, self.data.len(), expected.iter().product())
     }
 
     /// The contiguous elements under `index`, which names the leading axes: `row(&[n, t, h])` of `[N, T, H, D]` is one vector of D.
@@ -81,4 +84,14 @@ impl<const R: usize> IndexMut<[usize; R]> for Array<R> {
     fn index_mut(&mut self, index: [usize; R]) -> &mut f64 {
         &mut self.row_mut(&index)[0]
     }
+}
+
+/// An [`Error::Invalid`] unless `is_right`.
+pub(crate) fn check(field: &'static str, value: impl ToString, is_right: bool, rule: impl ToString) -> Result<()> {
+    if is_right { Ok(()) } else { Err(Error::invalid(field, value, rule.to_string())) }
+}
+
+/// Checks the number of elements of a slice.
+pub(crate) fn check_len(field: &'static str, len: usize, expected: usize) -> Result<()> {
+    check(field, format_args!("{len} elements"), len == expected, format_args!("{expected} elements"))
 }

@@ -11,7 +11,8 @@
 //! ```
 
 use crate::Array;
-use fam_core::{Shape, Span};
+use crate::array::{check, check_len};
+use fam_core::{Result, Shape, Span};
 
 /// Arguments of [`attend`]. All arrays are indexed by stream n and, on the axis nb, by the n-th call's block i: `slot`,
 /// `mem_entry` and `state_entry` of a span are not looked at.
@@ -71,9 +72,10 @@ pub struct Attended {
 /// A visible logit of −inf has weight 0, and a row without any other is empty: `o = +0`, `lse` = the sink or −inf. A logit of NaN
 /// or +inf makes its row NaN, and no other.
 ///
-/// # Panics
-/// Where an array is smaller than shape and spans ask.
-pub fn attend(args: &Attend) -> Attended {
+/// # Errors
+/// Where an array does not have the sizes that shape and spans ask for, or a span breaks its own rules.
+pub fn attend(args: &Attend) -> Result<Attended> {
+    args.validate()?;
     let (heads, d) = (args.shape.heads(), args.shape.head_dim());
     let block_len = args.shape.block_len() as u64;
 
@@ -112,13 +114,63 @@ pub fn attend(args: &Attend) -> Attended {
         rows
     });
 
-    Attended { rows, mem_rows }
+    Ok(Attended { rows, mem_rows })
 }
 
 /// Key and value of one visible row.
 type Key<'a> = (&'a [f64], &'a [f64]);
 
 impl<'a> Attend<'a> {
+    /// Checks all that is read against shape and spans.
+    fn validate(&self) -> Result<()> {
+        let s = self.shape;
+        let (batch, heads, kv_heads, d, mem_len) = (self.spans.len(), s.heads(), s.kv_heads(), s.head_dim(), s.mem_len());
+        let (mut rows, mut blocks, mut keys, mut mem_rows) = (0, 0, 0, 0);
+        for span in self.spans {
+            check("span.origin", span.origin, span.origin <= span.start, format_args!("at most span.start = {}", span.start))?;
+            check("span.start", span.start, span.start <= u64::MAX / 2, format_args!("at most {}", u64::MAX / 2))?;
+            check(
+                "span.mem_rows",
+                span.mem_rows,
+                span.mem_rows as usize <= mem_len,
+                format_args!("at most mem_len = {mem_len}"),
+            )?;
+            if span.len > 0 {
+                rows = rows.max(span.len as usize);
+                blocks = blocks.max(span.blocks(s.block_len()));
+                keys = keys.max(span.end() - span.origin);
+                mem_rows = mem_rows.max(span.mem_rows);
+            }
+        }
+
+        let at_least = |field, axis, size: usize, least: u64| {
+            check(
+                field,
+                format_args!("{size} {axis}"),
+                size as u64 >= least,
+                format_args!("at least {least}, which the spans cover"),
+            )
+        };
+        if let Some(q) = self.q {
+            q.check("q", [batch, q.shape[1], heads, d])?;
+            at_least("q", "rows", q.shape[1], rows as u64)?;
+        }
+        for (field, x) in [("k", self.k), ("v", self.v)] {
+            x.check(field, [batch, x.shape[1], kv_heads, d])?;
+            at_least(field, "rows", x.shape[1], keys)?;
+        }
+        for (field, x, heads) in [("mem_q", self.mem_q, heads), ("mem_k", self.mem_k, kv_heads), ("mem_v", self.mem_v, kv_heads)]
+        {
+            if let Some(x) = x {
+                x.check(field, [batch, x.shape[1], mem_len, heads, d])?;
+                at_least(field, "blocks", x.shape[1], blocks as u64)?;
+            } else if field != "mem_q" {
+                check(field, "none", mem_rows == 0, "needed where a span has memory rows")?;
+            }
+        }
+        self.sink.map_or(Ok(()), |sink| check_len("sink", sink.len(), heads))
+    }
+
     fn scale(&self) -> f64 {
         self.shape.scale().into()
     }
@@ -132,9 +184,7 @@ impl<'a> Attend<'a> {
         let h = h / self.shape.group();
         let Span { origin, mem_rows, .. } = self.spans[n];
         let mut keys = Vec::with_capacity(mem_rows as usize + (visible.end - visible.start) as usize);
-        if mem_rows > 0 {
-            let mem_k = self.mem_k.expect("mem_k is needed where a span has memory rows");
-            let mem_v = self.mem_v.expect("mem_v is needed where a span has memory rows");
+        if let (Some(mem_k), Some(mem_v)) = (self.mem_k, self.mem_v) {
             keys.extend((0..mem_rows as usize).map(|f| (mem_k.row(&[n, block, f, h]), mem_v.row(&[n, block, f, h]))));
         }
         for position in visible {

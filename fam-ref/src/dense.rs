@@ -1,6 +1,7 @@
 //! What a transformer layer has beside its attention: linear maps, RMSNorm, the gated activation, rotary positions, random weights.
 
 use crate::Array;
+use fam_core::Result;
 
 /// Keeps [`rms_norm`] of an all-zero row at zero.
 const RMS_EPSILON: f64 = 1e-6;
@@ -8,11 +9,12 @@ const RMS_EPSILON: f64 = 1e-6;
 /// Base of the rotary wavelengths (TransformerFAM, App. B.2).
 const ROPE_THETA: f64 = 10_000.0;
 
-/// x w: `[T, I]` by `[I, J]` is `[T, J]`.
-pub(crate) fn linear(x: &Array<2>, w: &Array<2>) -> Array<2> {
+/// x w: `[T, I]` by `[I, J]` is `[T, J]`; an error names `w` by `field`.
+pub(crate) fn linear(x: &Array<2>, field: &'static str, w: &Array<2>) -> Result<Array<2>> {
     let [tokens, inputs] = x.shape;
-    assert_eq!(inputs, w.shape[0], "inputs of a linear map");
-    let mut y = Array::zeros([tokens, w.shape[1]]);
+    let outputs = w.shape[1];
+    w.check(field, [inputs, outputs])?;
+    let mut y = Array::zeros([tokens, outputs]);
     for t in 0..tokens {
         let y = y.row_mut(&[t]);
         for (i, x) in x.row(&[t]).iter().enumerate() {
@@ -21,11 +23,13 @@ pub(crate) fn linear(x: &Array<2>, w: &Array<2>) -> Array<2> {
             }
         }
     }
-    y
+    Ok(y)
 }
 
-/// x / rms(x) · gain, row by row of `[T, d_model]`; `gain` is `[d_model]`.
-pub(crate) fn rms_norm(x: &Array<2>, gain: &Array<1>) -> Array<2> {
+/// x / rms(x) · gain, row by row of `[T, d_model]`; `gain` is `[d_model]`, and an error names it by `field`.
+pub(crate) fn rms_norm(x: &Array<2>, field: &'static str, gain: &Array<1>) -> Result<Array<2>> {
+    x.check("rows of the residual stream", [x.shape[0], gain.shape[0]])?;
+    gain.check(field, gain.shape)?;
     let mut y = x.clone();
     for t in 0..x.shape[0] {
         let row = y.row_mut(&[t]);
@@ -35,14 +39,14 @@ pub(crate) fn rms_norm(x: &Array<2>, gain: &Array<1>) -> Array<2> {
             *y = *y / rms * gain;
         }
     }
-    y
+    Ok(y)
 }
 
 /// x + y, elementwise.
-pub(crate) fn add(mut x: Array<2>, y: &Array<2>) -> Array<2> {
-    assert_eq!(x.shape, y.shape, "terms of a sum");
+pub(crate) fn add(mut x: Array<2>, y: &Array<2>) -> Result<Array<2>> {
+    y.check("term of a sum", x.shape)?;
     x.data.iter_mut().zip(&y.data).for_each(|(x, y)| *x += y);
-    x
+    Ok(x)
 }
 
 /// silu(gate) · up, elementwise, with silu(x) = x · sigmoid(x).
@@ -57,7 +61,7 @@ pub(crate) fn rotate(x: &mut Array<3>, first_position: i64) {
     let [tokens, heads, d] = x.shape;
     let half = d / 2;
     for t in 0..tokens {
-        let position = (first_position + t as i64) as f64;
+        let position = first_position.saturating_add(t as i64) as f64;
         for i in 0..half {
             let (sin, cos) = (position * ROPE_THETA.powf(-2.0 * i as f64 / d as f64)).sin_cos();
             for h in 0..heads {

@@ -9,6 +9,9 @@
 //! m is `[D, D]` (row: key channel, column: value channel), z is `[D]`, both 0 at the start. Rows of a segment read what earlier
 //! segments wrote: first read, then write.
 
+use crate::array::check_len;
+use fam_core::Result;
+
 /// σ(x) = ELU(x) + 1 > 0. Not `exp_m1(x) + 1`, which loses all digits of a small σ.
 pub fn sigma(x: f64) -> f64 {
     if x > 0.0 { x + 1.0 } else { x.exp() }
@@ -32,12 +35,17 @@ pub struct Retrieved {
 ///
 /// a does not change when σ(q) is multiplied by a constant. Where all of q is ≤ 0, so that σ = exp, q is shifted by its maximum:
 /// one element of σ(q) is then 1, and the denominator cannot underflow.
-pub fn infini_retrieve(q: &[f64], m: &[f64], z: &[f64]) -> Retrieved {
+///
+/// # Errors
+/// Where `m` or `z` has another size.
+pub fn infini_retrieve(q: &[f64], m: &[f64], z: &[f64]) -> Result<Retrieved> {
     let d = q.len();
+    check_len("m", m.len(), d * d)?;
+    check_len("z", z.len(), d)?;
     let mut a = vec![0.0; d];
     let mut magnitude = vec![0.0; d];
     if z.iter().all(|&z| z == 0.0) {
-        return Retrieved { a, magnitude };
+        return Ok(Retrieved { a, magnitude });
     }
 
     // 1. s = σ(q), up to a constant factor.
@@ -53,5 +61,5 @@ pub fn infini_retrieve(q: &[f64], m: &[f64], z: &[f64]) -> Retrieved {
         }
     }
     a.iter_mut().chain(&mut magnitude).for_each(|x| *x /= den);
-    Retrieved { a, magnitude }
+    Ok(Retrieved { a, magnitude })
 }

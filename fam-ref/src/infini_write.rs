@@ -5,8 +5,9 @@
 //!   delta     m' = m + sigma(k)^T (v - sigma(k) m / (sigma(k).z))         z' likewise
 //! ```
 
+use crate::array::{check, check_len};
 use crate::{Retrieved, infini_retrieve, sigma};
-use fam_core::InfiniRule;
+use fam_core::{InfiniRule, Result};
 
 /// The memory after [`infini_write`], and what the error bound of a kernel is derived from.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,15 +28,22 @@ pub struct Written {
 
 /// Writes one whole segment (Eq. 8 and 9): `k` and `v` are its rows of D elements, keys without rotary positions. The delta rule
 /// reads the old `m`, `z` for all keys at once.
-pub fn infini_write(rule: InfiniRule, k: &[&[f64]], v: &[&[f64]], m: &[f64], z: &[f64]) -> Written {
+///
+/// # Errors
+/// Where sizes do not fit each other.
+pub fn infini_write(rule: InfiniRule, k: &[&[f64]], v: &[&[f64]], m: &[f64], z: &[f64]) -> Result<Written> {
     let d = z.len();
+    check_len("m", m.len(), d * d)?;
+    check("v", format_args!("{} rows", v.len()), v.len() == k.len(), format_args!("{} rows, as many as k", k.len()))?;
+    k.iter().try_for_each(|k| check_len("k", k.len(), d))?;
+    v.iter().try_for_each(|v| check_len("v", v.len(), d))?;
     let delta = rule == InfiniRule::Delta;
     let zero = || vec![0.0; d * d];
     let mut new = Written { m: m.to_vec(), z: z.to_vec(), s_sum: vec![0.0; d], s_v: zero(), s_read: zero(), s_diff: zero() };
 
     for (k, v) in k.iter().zip(v) {
         // 1. What the old memory already holds for this key.
-        let stored = if delta { infini_retrieve(k, m, z) } else { Retrieved { a: vec![0.0; d], magnitude: vec![0.0; d] } };
+        let stored = if delta { infini_retrieve(k, m, z)? } else { Retrieved { a: vec![0.0; d], magnitude: vec![0.0; d] } };
 
         // 2. The outer product of σ(k) with what is missing.
         for (i, &k) in k.iter().enumerate() {
@@ -53,5 +61,5 @@ pub fn infini_write(rule: InfiniRule, k: &[&[f64]], v: &[&[f64]], m: &[f64], z: 
             }
         }
     }
-    new
+    Ok(new)
 }

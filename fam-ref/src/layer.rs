@@ -21,10 +21,11 @@
 //! To run the attention in a kernel, put it between the hooks: [`Layer::project`], [`Layer::project_memory`] → kernel →
 //! [`Layer::finish`], [`Layer::finish_memory`] → [`Layer::feed_back`] → the next block's [`Layer::project_memory`].
 
+use crate::array::check;
 pub use crate::dense::Random;
 use crate::dense::{add, gated, linear, rms_norm, rotate};
-use crate::{Array, Attend, attend};
-use fam_core::{Shape, Span};
+use crate::{Array, Attend, Rows, attend};
+use fam_core::{Result, Shape, Span};
 
 /// Sizes of a [`Stack`].
 #[derive(Clone, Copy, Debug)]
@@ -93,8 +94,8 @@ pub struct Projected {
 pub struct LayerState {
     /// F_{τ−1}, `[F, d_model]`.
     pub memory: Array<2>,
-    /// Position of the next token: a multiple of B.
-    pub position: u64,
+    /// Position of the next token.
+    position: u64,
     /// Added to every rotary position.
     position_offset: i64,
     /// Position of the first key kept.
@@ -119,6 +120,11 @@ impl LayerState {
     pub fn new(shape: &Shape, memory: Array<2>, position_offset: i64) -> Self {
         let none = Array::zeros([1, 0, shape.kv_heads(), shape.head_dim()]);
         LayerState { memory, position: 0, position_offset, origin: 0, k: none.clone(), v: none }
+    }
+
+    /// Position of the next token.
+    pub fn position(&self) -> u64 {
+        self.position
     }
 
     /// Keys kept: the window's and the last block's, however long the stream.
@@ -163,108 +169,131 @@ impl Layer {
     }
 
     /// rotate(QKV(norm(x))) of rows `[T, d_model]` at positions `first_position`, `first_position + 1`, …
-    pub fn project(&self, x: &Array<2>, first_position: i64) -> Projected {
-        let x = rms_norm(x, &self.attend_norm);
+    ///
+    /// # Errors
+    /// Where `x` or a weight has another width than the layer.
+    pub fn project(&self, x: &Array<2>, first_position: i64) -> Result<Projected> {
+        let x = rms_norm(x, "attend_norm", &self.attend_norm)?;
         let d = self.shape.head_dim();
-        let heads = |y: Array<2>| {
-            let [tokens, width] = y.shape;
-            y.reshape([tokens, width / d, d])
+        let project = |field, w: &Array<2>, heads: usize| {
+            w.check(field, [x.shape[1], heads * d])?;
+            Ok(Array { shape: [x.shape[0], heads, d], data: linear(&x, field, w)?.data })
         };
-        let mut q = heads(linear(&x, &self.w_q));
-        let mut k = heads(linear(&x, &self.w_k));
-        let v = heads(linear(&x, &self.w_v));
+        let mut q = project("w_q", &self.w_q, self.shape.heads())?;
+        let mut k = project("w_k", &self.w_k, self.shape.kv_heads())?;
+        let v = project("w_v", &self.w_v, self.shape.kv_heads())?;
         rotate(&mut q, first_position);
         rotate(&mut k, first_position);
-        Projected { q, k, v }
+        Ok(Projected { q, k, v })
     }
 
     /// [`Layer::project`] of the `memory` `[F, d_model]` that serves the block whose first token is at `block_start`: at the last F
     /// positions before it.
-    pub fn project_memory(&self, memory: &Array<2>, block_start: i64) -> Projected {
-        self.project(memory, block_start - self.shape.mem_len() as i64)
+    ///
+    /// # Errors
+    /// As [`Layer::project`].
+    pub fn project_memory(&self, memory: &Array<2>, block_start: i64) -> Result<Projected> {
+        self.project(memory, block_start.saturating_sub(self.shape.mem_len() as i64))
     }
 
     /// From the attention's `o` `[T, Hq, D]` to the layer's output `[T, d_model]`: W_o, the residual `x`, and the feed-forward.
-    pub fn finish(&self, o: &Array<3>, x: &Array<2>) -> Array<2> {
-        self.feed_forward(add(self.project_output(o), x))
+    ///
+    /// # Errors
+    /// Where `o`, `x` or a weight has other sizes.
+    pub fn finish(&self, o: &Array<3>, x: &Array<2>) -> Result<Array<2>> {
+        self.feed_forward(add(self.project_output(o)?, x)?)
     }
 
     /// [`Layer::finish`] for the memory rows: F_τ from `mem_o` `[F, Hq, D]` and F_{τ−1}; at block 0 without the residual.
-    pub fn finish_memory(&self, mem_o: &Array<3>, memory: &Array<2>, block: u64) -> Array<2> {
-        let projected = self.project_output(mem_o);
-        self.feed_forward(if block == 0 { projected } else { add(projected, memory) })
+    ///
+    /// # Errors
+    /// As [`Layer::finish`].
+    pub fn finish_memory(&self, mem_o: &Array<3>, memory: &Array<2>, block: u64) -> Result<Array<2>> {
+        let projected = self.project_output(mem_o)?;
+        self.feed_forward(if block == 0 { projected } else { add(projected, memory)? })
     }
 
     /// The memory of the next block from this block's F_τ.
-    pub fn feed_back(&self, memory: &Array<2>) -> Array<2> {
+    ///
+    /// # Errors
+    /// Where `memory` has another width than the gain.
+    pub fn feed_back(&self, memory: &Array<2>) -> Result<Array<2>> {
         match &self.feedback_norm {
-            Some(gain) => rms_norm(memory, gain),
-            None => memory.clone(),
+            Some(gain) => rms_norm(memory, "feedback_norm", gain),
+            None => Ok(memory.clone()),
         }
     }
 
     /// o W_o.
-    fn project_output(&self, o: &Array<3>) -> Array<2> {
-        let [tokens, heads, d] = o.shape;
-        linear(&o.clone().reshape([tokens, heads * d]), &self.w_o)
+    fn project_output(&self, o: &Array<3>) -> Result<Array<2>> {
+        let [tokens, ..] = o.shape;
+        let (heads, d) = (self.shape.heads(), self.shape.head_dim());
+        o.check("o", [tokens, heads, d])?;
+        self.w_o.check("w_o", [heads * d, self.attend_norm.shape[0]])?;
+        linear(&Array { shape: [tokens, heads * d], data: o.data.clone() }, "w_o", &self.w_o)
     }
 
     /// FF(norm(a)) + a.
-    fn feed_forward(&self, a: Array<2>) -> Array<2> {
-        let x = rms_norm(&a, &self.ff_norm);
-        let hidden = gated(linear(&x, &self.w_gate), linear(&x, &self.w_up));
-        add(linear(&hidden, &self.w_down), &a)
+    fn feed_forward(&self, a: Array<2>) -> Result<Array<2>> {
+        let x = rms_norm(&a, "ff_norm", &self.ff_norm)?;
+        let hidden = gated(linear(&x, "w_gate", &self.w_gate)?, linear(&x, "w_up", &self.w_up)?);
+        add(linear(&hidden, "w_down", &self.w_down)?, &a)
     }
 
     /// Algorithm 2: one block of tokens `x` `[≤ B, d_model]`. Returns O_τ, like `x`, and F_τ `[F, d_model]` as it travels up at block
     /// 0. Only the last block of a stream may have fewer than B tokens; its F_τ compresses those.
     ///
-    /// # Panics
-    /// Where `x` has another width or more than B rows, or follows a partial block.
-    pub fn block(&self, x: &Array<2>, state: &mut LayerState) -> (Array<2>, Array<2>) {
-        let (rows, mem_len) = (x.shape[0], self.shape.mem_len());
-        let block = self.shape.block(state.position);
-        assert!(rows <= self.shape.block_len(), "{rows} tokens in a block of {}", self.shape.block_len());
-        assert_eq!(block * self.shape.block_len() as u64, state.position, "a block starts where the last whole one ended");
+    /// # Errors
+    /// Where sizes do not fit, `x` has more than B rows, or it follows a partial block; the state is then as before.
+    pub fn block(&self, x: &Array<2>, state: &mut LayerState) -> Result<(Array<2>, Array<2>)> {
+        let (rows, mem_len, block_len) = (x.shape[0], self.shape.mem_len(), self.shape.block_len());
+        let (block, position) = (self.shape.block(state.position), state.position);
+        check("x", format_args!("{rows} tokens"), rows <= block_len, format_args!("at most a block of {block_len}"))?;
+        check("position", position, position.is_multiple_of(block_len as u64), "only a stream's last block is partial")?;
+        state.k.check("state", [1, state.cached_rows(), self.shape.kv_heads(), self.shape.head_dim()])?;
 
         // 1. Queries, keys and values of tokens and memory.
-        let start = state.position as i64 + state.position_offset;
-        let tokens = self.project(x, start);
-        let mem = self.project_memory(&state.memory, start);
-        state.append(&tokens, &self.shape);
+        let start = (position as i64).saturating_add(state.position_offset);
+        let tokens = self.project(x, start)?;
+        let mem = self.project_memory(&state.memory, start)?;
+        let mut next = state.clone();
+        next.append(&tokens, &self.shape);
 
         // 2. One joint softmax for both groups of rows.
-        let span = Span::new(0, state.position, rows as u32).with_origin(state.origin).with_mem_rows(mem_len as u32);
+        let span = Span::new(0, position, rows as u32).with_origin(next.origin).with_mem_rows(mem_len as u32);
         let attended = attend(&Attend {
             shape: &self.shape,
             spans: &[span],
             q: Some(&batch_of_one(tokens.q)),
             mem_q: Some(&block_of_one(mem.q)),
-            k: &state.k,
-            v: &state.v,
+            k: &next.k,
+            v: &next.v,
             mem_k: Some(&block_of_one(mem.k)),
             mem_v: Some(&block_of_one(mem.v)),
             sink: None,
-        });
-        let (o, mem_o) = (without_batch(attended.rows), without_batch(attended.mem_rows));
+        })?;
 
         // 3. Residual and feed-forward; what becomes of the memory.
-        let output = self.finish(&o, x);
-        let memory = self.finish_memory(&mem_o, &state.memory, block);
-        state.memory = self.feed_back(&memory);
-        state.position += rows as u64;
-        (output, memory)
+        let output = self.finish(&without_batch(attended.rows), x)?;
+        let memory = self.finish_memory(&without_batch(attended.mem_rows), &state.memory, block)?;
+        next.memory = self.feed_back(&memory)?;
+        next.position += rows as u64;
+        *state = next;
+        Ok((output, memory))
     }
 
     /// All blocks of a sequence `x` `[L, d_model]` at once, as training goes: the same as [`Layer::block`] on each in turn. Returns
     /// the outputs, like `x`, and F_τ of every block, `[nb, F, d_model]`.
-    pub fn sequence(&self, x: &Array<2>, memory: &Array<2>, position_offset: i64) -> (Array<2>, Array<3>) {
+    ///
+    /// # Errors
+    /// Where sizes do not fit.
+    pub fn sequence(&self, x: &Array<2>, memory: &Array<2>, position_offset: i64) -> Result<(Array<2>, Array<3>)> {
         let [rows, d_model] = x.shape;
         let (block_len, mem_len) = (self.shape.block_len(), self.shape.mem_len());
         let blocks = rows.div_ceil(block_len);
 
         // 1. Queries, keys and values of all tokens.
-        let tokens = self.project(x, position_offset);
+        let tokens = self.project(x, position_offset)?;
         let (q, k, v) = (batch_of_one(tokens.q), batch_of_one(tokens.k), batch_of_one(tokens.v));
 
         // 2. The only true recurrence: memory rows, block after block.
@@ -274,7 +303,8 @@ impl Layer {
         let mut memory = memory.clone();
         for block in 0..blocks {
             let start = block * block_len;
-            let mem = self.project_memory(&memory, start as i64 + position_offset);
+            let mem = self.project_memory(&memory, position_offset.saturating_add(start as i64))?;
+            memory.check("memory", [mem_len, d_model])?;
             mem_k.row_mut(&[0, block]).copy_from_slice(&mem.k.data);
             mem_v.row_mut(&[0, block]).copy_from_slice(&mem.v.data);
             let span = Span::new(0, start as u64, block_len.min(rows - start) as u32).with_mem_rows(mem_len as u32);
@@ -288,10 +318,10 @@ impl Layer {
                 mem_k: Some(&block_of_one(mem.k)),
                 mem_v: Some(&block_of_one(mem.v)),
                 sink: None,
-            });
-            let next = self.finish_memory(&without_batch(attended.mem_rows), &memory, block as u64);
+            })?;
+            let next = self.finish_memory(&without_batch(attended.mem_rows), &memory, block as u64)?;
             memories.row_mut(&[block]).copy_from_slice(&next.data);
-            memory = self.feed_back(&next);
+            memory = self.feed_back(&next)?;
         }
 
         // 3. The block rows of all blocks in one call.
@@ -305,8 +335,8 @@ impl Layer {
             mem_k: Some(&mem_k),
             mem_v: Some(&mem_v),
             sink: None,
-        });
-        (self.finish(&without_batch(attended.rows), x), memories)
+        })?;
+        Ok((self.finish(&without_batch(attended.rows), x)?, memories))
     }
 }
 
@@ -325,51 +355,56 @@ impl Stack {
 
     /// One block of a stream, `[≤ B, d_model]`, through all layers.
     ///
-    /// # Panics
+    /// # Errors
     /// As [`Layer::block`].
-    pub fn block(&self, x: &Array<2>, state: &mut State) -> Array<2> {
+    pub fn block(&self, x: &Array<2>, state: &mut State) -> Result<Array<2>> {
         let mut x = x.clone();
         let mut below = self.prompt.clone();
+        let mut next = state.clone();
         for (l, layer) in self.layers.iter().enumerate() {
-            if state.layers.len() == l {
+            if next.layers.len() == l {
                 // Block 0: this layer's memory starts from the one below.
-                state.layers.push(LayerState::new(&layer.shape, below, state.position_offset));
+                next.layers.push(LayerState::new(&layer.shape, below, state.position_offset));
             }
-            (x, below) = layer.block(&x, &mut state.layers[l]);
+            (x, below) = layer.block(&x, &mut next.layers[l])?;
         }
-        x
+        *state = next;
+        Ok(x)
     }
 
     /// A whole sequence, `[L, d_model]`, layer by layer: the same as [`Stack::block`] on each block in turn.
-    pub fn sequence(&self, x: &Array<2>, position_offset: i64) -> Array<2> {
+    ///
+    /// # Errors
+    /// As [`Layer::sequence`].
+    pub fn sequence(&self, x: &Array<2>, position_offset: i64) -> Result<Array<2>> {
         let mut x = x.clone();
         let mut prompt = self.prompt.clone();
         for layer in &self.layers {
             let memories;
-            (x, memories) = layer.sequence(&x, &prompt, position_offset);
+            (x, memories) = layer.sequence(&x, &prompt, position_offset)?;
             if memories.shape[0] > 0 {
                 prompt.data.copy_from_slice(memories.row(&[0]));
             }
         }
-        x
+        Ok(x)
     }
 }
 
 /// `[T, H, D]` as `[1, T, H, D]`.
 fn batch_of_one(x: Array<3>) -> Array<4> {
     let [tokens, heads, d] = x.shape;
-    x.reshape([1, tokens, heads, d])
+    Array { shape: [1, tokens, heads, d], data: x.data }
 }
 
 /// `[F, H, D]` as `[1, 1, F, H, D]`.
 fn block_of_one(x: Array<3>) -> Array<5> {
     let [rows, heads, d] = x.shape;
-    x.reshape([1, 1, rows, heads, d])
+    Array { shape: [1, 1, rows, heads, d], data: x.data }
 }
 
-/// The output `[1, 1, T, Hq, D]` of a call with one stream and block axis 1, as `[T, Hq, D]`.
-fn without_batch(rows: Option<crate::Rows>) -> Array<3> {
-    let o = rows.expect("the call had these rows").o;
+/// The output `[1, 1, T, Hq, D]` of a call with one stream and block axis 1, as `[T, Hq, D]`; no rows where the call had none.
+fn without_batch(rows: Option<Rows>) -> Array<3> {
+    let Some(Rows { o, .. }) = rows else { return Array::zeros([0; 3]) };
     let [.., tokens, heads, d] = o.shape;
-    o.reshape([tokens, heads, d])
+    Array { shape: [tokens, heads, d], data: o.data }
 }

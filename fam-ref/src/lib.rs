@@ -32,7 +32,7 @@
 //!     mem_k: Some(&mem_k),
 //!     mem_v: Some(&mem_v),
 //!     sink: None,
-//! });
+//! })?;
 //! // All logits are equal, so o is the share of visible keys that hold a 3: 1 of 3, then 2 of 4, in each block.
 //! let o = attended.rows.unwrap().o;
 //! assert_eq!([0, 1, 2, 3].map(|t| o[[0, 0, t, 0, 0]]), [1.0, 1.5, 1.0, 1.5]);

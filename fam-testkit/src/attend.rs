@@ -8,7 +8,7 @@ use crate::finite::Finite;
 use crate::harness::Harness;
 use crate::launch::{Loaded, LoadedKeys, LoadedSpans, Stop, plan};
 use crate::tolerance::{Condition, Level, Limits, infini_read, tiles};
-use fam_core::{Attend, Backend, InfiniState, Plan, Rows, Span};
+use fam_core::{Attend, Backend, InfiniState, Plan, Result, Rows, Span};
 use fam_ref::Array;
 use std::borrow::BorrowMut;
 
@@ -100,7 +100,7 @@ fn with_lse<'a, H: Harness + ?Sized>(
 }
 
 /// The reference's answer to a case.
-pub(crate) fn reference(case: &Case, data: &Data) -> fam_ref::Attended {
+pub(crate) fn reference(case: &Case, data: &Data) -> Result<fam_ref::Attended> {
     // Keys before the first visible one are not stored: to the reference they do not exist.
     let spans: Vec<Span> = case.spans.iter().map(|s| Span { origin: case.first_key(s), ..*s }).collect();
     let (q, k, v) = (data.tokens(Role::Q), data.tokens(Role::K), data.tokens(Role::V));
@@ -118,17 +118,17 @@ pub(crate) fn reference(case: &Case, data: &Data) -> fam_ref::Attended {
 }
 
 /// Holds a kernel's outputs against the reference.
-pub(crate) fn check<'a>(case: &Case, data: &Data, outputs: &Outputs, level: Level, limits: &'a Limits) -> Checker<'a> {
+pub(crate) fn check<'a>(case: &Case, data: &Data, outputs: &Outputs, level: Level, limits: &'a Limits) -> Result<Checker<'a>> {
     let mut checker = Checker::new(level, case.shape.dtype(), case.out_dtype, limits);
-    let expected = reference(case, data);
+    let expected = reference(case, data)?;
     if let (Some(got), Some(rows)) = (&outputs.rows, &expected.rows) {
         let read = case.fused.then(|| Reads::new(case, data));
-        check_group(case, data, &mut checker, Role::O, got, rows, read.as_ref());
+        check_group(case, data, &mut checker, Role::O, got, rows, read.as_ref())?;
     }
     if let (Some(got), Some(rows)) = (&outputs.mem_rows, &expected.mem_rows) {
-        check_group(case, data, &mut checker, Role::MemO, got, rows, None);
+        check_group(case, data, &mut checker, Role::MemO, got, rows, None)?;
     }
-    checker
+    Ok(checker)
 }
 
 fn check_group(
@@ -139,7 +139,7 @@ fn check_group(
     got: &Group,
     expected: &fam_ref::Rows,
     read: Option<&Reads<'_>>,
-) {
+) -> Result<()> {
     let shape = &case.shape;
     let (b, d) = (shape.block_len(), shape.head_dim());
     let is_memory = role == Role::MemO;
@@ -198,17 +198,18 @@ fn check_group(
             };
             match read {
                 None => checker.row(&row),
-                Some(read) => check_gated(checker, &row, read, (span.start + r as u64) / b as u64 - span.start / b as u64),
+                Some(read) => check_gated(checker, &row, read, (span.start + r as u64) / b as u64 - span.start / b as u64)?,
             }
         }
     }
+    Ok(())
 }
 
 /// A row whose local attention is gated with what the compressive memory holds.
-fn check_gated(checker: &mut Checker<'_>, row: &RowCheck<'_>, read: &Reads<'_>, block: u64) {
+fn check_gated(checker: &mut Checker<'_>, row: &RowCheck<'_>, read: &Reads<'_>, block: u64) -> Result<()> {
     let [n, i, r, h] = row.index;
     let g = fam_ref::gate(read.beta[h]);
-    let retrieved = read.row([n, block as usize, r, h]);
+    let retrieved = read.row([n, block as usize, r, h])?;
     for (c, &got) in row.got.iter().enumerate() {
         let at = crate::check::Element { tensor: row.tensor, index: [n, i, r, h, c] };
         let (a, local) = (retrieved.a[c], row.o[c]);
@@ -218,6 +219,7 @@ fn check_gated(checker: &mut Checker<'_>, row: &RowCheck<'_>, read: &Reads<'_>, 
         checker.element(at, got, g * a + (1.0 - g) * local, bound);
     }
     checker.lse(row);
+    Ok(())
 }
 
 /// Reads of the compressive memory by the reference.
@@ -246,7 +248,7 @@ impl<'a> Reads<'a> {
     }
 
     /// σ(q)·m / σ(q)·z for the block row `r` of the call's block `i`.
-    pub fn row(&self, [n, i, r, h]: [usize; 4]) -> fam_ref::Retrieved {
+    pub fn row(&self, [n, i, r, h]: [usize; 4]) -> Result<fam_ref::Retrieved> {
         let [_, blocks, _, kv_heads, _] = self.z.shape;
         let kv = h / self.case.shape.group();
         let m = &self.m[(n * blocks + i) * kv_heads + kv];

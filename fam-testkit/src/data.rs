@@ -266,7 +266,7 @@ impl Data {
     /// A `[N, L, H, D]` tensor as the reference takes it.
     pub fn tokens(&self, role: Role) -> Array<4> {
         let Array { shape: [n, _, l, h, d], data } = self.get(role).clone();
-        Array::new([n, l, h, d], data)
+        Array { shape: [n, l, h, d], data }
     }
 
     /// The tensor of a role: `fill` everywhere but in the rows that the call may see.
@@ -305,7 +305,7 @@ impl Data {
             let Some(values) = values.as_mut().filter(|_| role != Sink as usize && role != Beta as usize) else { continue };
             let gathered = order.iter().flat_map(|&n| values.row(&[n]).to_vec()).collect();
             let [_, i, r, h, d] = values.shape;
-            *values = Array::new([order.len(), i, r, h, d], gathered);
+            *values = Array { shape: [order.len(), i, r, h, d], data: gathered };
         }
         data
     }

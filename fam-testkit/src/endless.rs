@@ -7,7 +7,7 @@ use crate::replay::{Layouts, Loaded, bytes, part};
 use crate::rng::Rng;
 use fam_core::{Backend, Device, Dtype, Error, Layout, Plan, Result, Rows, Step, StepInfini, Streams, View, ViewMut, Window};
 use std::borrow::{Borrow, BorrowMut};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry};
 
 /// What an endless stream showed.
 #[derive(Clone, Debug)]
@@ -81,14 +81,16 @@ where
         block.step(h, case, (&plan, &mut streams, &slots), (t % whole) as usize, &mut scratch)?;
         let results = block.results(h)?;
         if spots.contains(&t) {
-            let fresh = || {
-                let sub = window_case(case, t - reach, reach as usize + 1, whole, states.remove(&(t - reach)));
-                let reference = Reference::new(&sub);
-                (sub, reference)
-            };
             // Without a compressive memory the problem is the same whenever the block comes round.
             let key = if case.infini.is_some() { t } else { t % whole };
-            let (sub, reference) = references.entry(key).or_insert_with(fresh);
+            let (sub, reference) = match references.entry(key) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => {
+                    let sub = window_case(case, t - reach, reach as usize + 1, whole, states.remove(&(t - reach)));
+                    let reference = Reference::new(&sub)?;
+                    new.insert((sub, reference))
+                }
+            };
             let outputs = last_block(sub, &results);
             let verdict = reference.judge_from(reach as usize * b, sub, &outputs, &h.limits());
             out.worst = out.worst.max(verdict.worst_ratio());

@@ -98,7 +98,7 @@ pub fn case_file(case: &Case) -> Result<Option<CaseFile>> {
         expected: BTreeMap::new(),
         source: format!("generated, seed {:#018x}, {}", case.seed, case.distribution),
     };
-    file.expected = Reference::new(&file).expected(&file);
+    file.expected = Reference::new(&file)?.expected(&file);
     Ok(Some(file))
 }
 

@@ -38,7 +38,7 @@ pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Resu
         let start = case.spans[n].start;
         let block = ((start + r as u64) / b - start / b) as usize;
         for head in 0..case.shape.heads() {
-            let retrieved = reads.row([n, block, r, head]);
+            let retrieved = reads.row([n, block, r, head])?;
             let g = fam_ref::gate(reads.beta[head]);
             let local = data.get(Role::OLocal).row(&[n, 0, r, head]);
             for (c, &got) in got.row(&[n, 0, r, head]).iter().enumerate() {

@@ -8,7 +8,7 @@ use crate::harness::Harness;
 use crate::launch::{Loaded, LoadedKeys, LoadedSpans, Stop, digest, plan};
 use crate::runner::{Passed, conclude};
 use crate::tolerance::{Level, infini_delta, infini_write, infini_z};
-use fam_core::{Backend, InfiniRule, InfiniWrite, Plan};
+use fam_core::{Backend, InfiniRule, InfiniWrite, Plan, Result};
 use fam_ref::Array;
 use std::borrow::BorrowMut;
 
@@ -34,7 +34,7 @@ pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Resu
     for n in 0..case.batch() {
         for i in 0..completed(case, n) {
             for head in 0..case.shape.kv_heads() {
-                segment(case, &data, &mut checker, (&m, &z), [n, i, head]);
+                segment(case, &data, &mut checker, (&m, &z), [n, i, head])?;
             }
         }
     }
@@ -85,7 +85,13 @@ fn before(case: &Case, data: &Data, role: Role) -> Tensor {
 }
 
 /// One segment of one stream and head, from the backend's own entry before it.
-fn segment(case: &Case, data: &Data, checker: &mut Checker<'_>, (m, z): (&Tensor, &Tensor), [n, i, head]: [usize; 3]) {
+fn segment(
+    case: &Case,
+    data: &Data,
+    checker: &mut Checker<'_>,
+    (m, z): (&Tensor, &Tensor),
+    [n, i, head]: [usize; 3],
+) -> Result<()> {
     let (span, d, b) = (&case.spans[n], case.shape.head_dim(), case.shape.block_len() as u64);
     let slot = span.slot as usize;
     let read = |entry: usize| {
@@ -105,14 +111,14 @@ fn segment(case: &Case, data: &Data, checker: &mut Checker<'_>, (m, z): (&Tensor
         // Never whole: passed over, its entry copied.
         m1.iter().zip(&m0).enumerate().for_each(|(x, (got, was))| checker.exactly(at_m(x), *got, *was));
         z1.iter().zip(&z0).enumerate().for_each(|(x, (got, was))| checker.exactly(at_z(x), *got, *was));
-        return;
+        return Ok(());
     }
     let rows = |role| -> Vec<&[f64]> {
         let row = (first - case.first_key(span)) as usize;
         (row..row + b as usize).map(|r| data.get(role).row(&[n, 0, r, head])).collect()
     };
     let rule = case.shape.infini().unwrap_or(InfiniRule::Linear);
-    let expected = fam_ref::infini_write(rule, &rows(Role::K), &rows(Role::V), &m0, &z0);
+    let expected = fam_ref::infini_write(rule, &rows(Role::K), &rows(Role::V), &m0, &z0)?;
     let count = b as usize;
     for x in 0..d * d {
         let mut bound = infini_write(count, expected.s_v[x], m0[x]);
@@ -124,4 +130,5 @@ fn segment(case: &Case, data: &Data, checker: &mut Checker<'_>, (m, z): (&Tensor
     for x in 0..d {
         checker.element(at_z(x), z1[x], expected.z[x], infini_z(count, expected.s_sum[x], z0[x]));
     }
+    Ok(())
 }

@@ -4,7 +4,7 @@ use crate::casefile::{CaseFile, InfiniCase, OUTPUTS, Tensor};
 use crate::check::{Checker, Element, Worst, Wrong, edges};
 use crate::finite::Finite;
 use crate::tolerance::{Bound, Condition, Level, Limits, infini_delta, infini_read, infini_write, infini_z, tiles};
-use fam_core::{Dtype, InfiniRule, Span};
+use fam_core::{Dtype, InfiniRule, Result, Span};
 use fam_ref::{Array, Attended, Rows};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -53,13 +53,13 @@ fn spans(case: &CaseFile) -> Vec<Span> {
 }
 
 fn tokens(tensor: &Tensor) -> Array<4> {
-    Array::new(std::array::from_fn(|axis| tensor.shape[axis]), tensor.values())
+    Array { shape: std::array::from_fn(|axis| tensor.shape[axis]), data: tensor.values() }
 }
 
 /// Memory rows with every stream and block written out.
 fn memory(case: &CaseFile, tensor: &Tensor) -> Array<5> {
     let sizes: [usize; 5] = std::array::from_fn(|axis| tensor.shape[axis]);
-    let given = Array::new(sizes, tensor.values());
+    let given = Array { shape: sizes, data: tensor.values() };
     let [_, _, f, h, d] = sizes;
     let mut full = Array::zeros([case.batch, case.blocks(), f, h, d]);
     for n in 0..case.batch {
@@ -110,7 +110,10 @@ fn keep_finite<'a>(case: &CaseFile, rows: &mut Rows, finite: &[Vec<Finite>], q: 
 
 impl Reference {
     /// Computes the case in f64.
-    pub fn new(case: &CaseFile) -> Self {
+    ///
+    /// # Errors
+    /// Where tensors do not fit each other; a case file that was read has none of those.
+    pub fn new(case: &CaseFile) -> Result<Self> {
         let (spans, q, k, v) = (spans(case), tokens(&case.q), tokens(&case.k), tokens(&case.v));
         let mem_q = case.mem_q.as_ref().map(|t| memory(case, t));
         let mem = case.mem.as_ref().map(|(k, v)| (memory(case, k), memory(case, v)));
@@ -125,7 +128,7 @@ impl Reference {
             mem_k: mem.as_ref().map(|(k, _)| k),
             mem_v: mem.as_ref().map(|(_, v)| v),
             sink: sink.as_deref(),
-        });
+        })?;
         let finite = finite(case, [&k, &v], mem.as_ref());
         let q_rows = |[n, _, r, h]: [usize; 4]| q.row(&[n, r, h]);
         attended.rows.iter_mut().for_each(|rows| keep_finite(case, rows, &finite, q_rows));
@@ -137,7 +140,7 @@ impl Reference {
             let k = infini.k.as_ref().map_or(k, tokens);
             InfiniReference::new(case, infini, &q, &k, &v)
         });
-        Reference { attended, infini }
+        Ok(Reference { attended, infini: infini.transpose()? })
     }
 
     /// Holds `outputs` against the reference, and against `expected_*` where the case has them (those are stored in f32: half an ulp more).
@@ -327,12 +330,12 @@ fn whole_segments(case: &CaseFile, n: usize) -> impl Iterator<Item = (usize, usi
 }
 
 impl InfiniReference {
-    fn new(case: &CaseFile, infini: &InfiniCase, q: &Array<4>, k: &Array<4>, v: &Array<4>) -> Self {
+    fn new(case: &CaseFile, infini: &InfiniCase, q: &Array<4>, k: &Array<4>, v: &Array<4>) -> Result<Self> {
         let s = &case.shape;
         let (kv_heads, d, b) = (s.kv_heads(), s.head_dim(), s.block_len());
         let state = |given: &Option<Tensor>, rows: usize| {
             let shape = [case.batch, kv_heads, rows, d];
-            given.as_ref().map_or(Array::zeros(shape), |t| Array::new(shape, t.values()))
+            given.as_ref().map_or(Array::zeros(shape), |t| Array { shape, data: t.values() })
         };
         let mut out = InfiniReference {
             a: Array::zeros(q.shape),
@@ -348,7 +351,7 @@ impl InfiniReference {
                 let t = (position - start) as usize;
                 for h in 0..s.heads() {
                     let kv = [n, h / s.group()];
-                    let read = fam_ref::infini_retrieve(q.row(&[n, t, h]), out.m[0].row(&kv), out.z[0].row(&kv));
+                    let read = fam_ref::infini_retrieve(q.row(&[n, t, h]), out.m[0].row(&kv), out.z[0].row(&kv))?;
                     let error = out.propagated(kv, q.row(&[n, t, h]), &read.a);
                     for (c, carried) in error.into_iter().enumerate() {
                         out.a[[n, t, h, c]] = read.a[c];
@@ -359,11 +362,11 @@ impl InfiniReference {
                 if (position + 1).is_multiple_of(b as u64)
                     && let Some((_, first)) = segments.next_if(|&(_, first)| first + b == t + 1)
                 {
-                    (0..kv_heads).for_each(|h| out.write([n, h], infini.rule, first..t + 1, k, v));
+                    (0..kv_heads).try_for_each(|h| out.write([n, h], infini.rule, first..t + 1, k, v))?;
                 }
             }
         }
-        out
+        Ok(out)
     }
 
     /// Error of σ(q)·m / σ(q)·z that comes from the errors of m and z, to first order.
@@ -382,17 +385,17 @@ impl InfiniReference {
     }
 
     /// Writes one segment of one head, value and bound.
-    fn write(&mut self, kv: [usize; 2], rule: InfiniRule, rows: Range<usize>, k: &Array<4>, v: &Array<4>) {
+    fn write(&mut self, kv: [usize; 2], rule: InfiniRule, rows: Range<usize>, k: &Array<4>, v: &Array<4>) -> Result<()> {
         let [n, h] = kv;
         let keys: Vec<&[f64]> = rows.clone().map(|t| k.row(&[n, t, h])).collect();
         let values: Vec<&[f64]> = rows.map(|t| v.row(&[n, t, h])).collect();
-        let written = fam_ref::infini_write(rule, &keys, &values, self.m[0].row(&kv), self.z[0].row(&kv));
+        let written = fam_ref::infini_write(rule, &keys, &values, self.m[0].row(&kv), self.z[0].row(&kv))?;
         let (count, d) = (keys.len(), k.shape[3]);
         let mut carried = vec![0.0; d * d];
         if rule == InfiniRule::Delta {
             // What delta subtracts was read from the old state, with that state's error.
             for key in &keys {
-                let read = fam_ref::infini_retrieve(key, self.m[0].row(&kv), self.z[0].row(&kv));
+                let read = fam_ref::infini_retrieve(key, self.m[0].row(&kv), self.z[0].row(&kv))?;
                 let error = self.propagated(kv, key, &read.a);
                 for (i, &x) in key.iter().enumerate() {
                     (0..d).for_each(|j| carried[i * d + j] += fam_ref::sigma(x) * error[j]);
@@ -410,5 +413,6 @@ impl InfiniReference {
         }
         self.m[0].row_mut(&kv).copy_from_slice(&written.m);
         self.z[0].row_mut(&kv).copy_from_slice(&written.z);
+        Ok(())
     }
 }

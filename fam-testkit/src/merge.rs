@@ -10,7 +10,7 @@ use crate::launch::{Loaded, Stop, digest, plan};
 use crate::rng::Rng;
 use crate::runner::{Passed, conclude};
 use crate::tolerance::{Level, NanReach, merged_lse};
-use fam_core::{Backend, Dtype, Merge, Partial, Plan};
+use fam_core::{Backend, Dtype, Merge, Partial, Plan, Result};
 use fam_ref::Array;
 use std::borrow::BorrowMut;
 
@@ -35,7 +35,7 @@ pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Resu
         for head in 0..sizes[3] {
             let at = [n, i, r, head];
             let got_lse = got_lse.as_ref().map(|l| l.row(&at)[0]);
-            check_row(&mut checker, at, got_o.row(&at), got_lse, [a, b].map(|p| (p.o.row(&at), p.lse.row(&at)[0])));
+            check_row(&mut checker, at, got_o.row(&at), got_lse, [a, b].map(|p| (p.o.row(&at), p.lse.row(&at)[0])))?;
         }
     }
     conclude(case, checker, digest(std::iter::once(&got_o).chain(&got_lse)))
@@ -72,9 +72,15 @@ pub(crate) fn launch<H: Harness + ?Sized>(
     Ok((read(h, o, "o")?, lse.map(|lse| read(h, lse, "lse")).transpose()?))
 }
 
-fn check_row(checker: &mut Checker<'_>, [n, i, r, h]: [usize; 4], got: &[f64], got_lse: Option<f64>, parts: [(&[f64], f64); 2]) {
+fn check_row(
+    checker: &mut Checker<'_>,
+    [n, i, r, h]: [usize; 4],
+    got: &[f64],
+    got_lse: Option<f64>,
+    parts: [(&[f64], f64); 2],
+) -> Result<()> {
     let [(o_a, lse_a), (o_b, lse_b)] = parts;
-    let (expected, lse) = fam_ref::merge(o_a, lse_a, o_b, lse_b);
+    let (expected, lse) = fam_ref::merge(o_a, lse_a, o_b, lse_b)?;
     let is_empty = |lse: f64| lse == f64::NEG_INFINITY;
     let difference = if is_empty(lse_a) || is_empty(lse_b) { 0.0 } else { (lse_a - lse_b).abs() };
     // An empty part's o is not looked at.
@@ -96,6 +102,7 @@ fn check_row(checker: &mut Checker<'_>, [n, i, r, h]: [usize; 4], got: &[f64], g
     if let Some(got) = got_lse {
         checker.element(Element { tensor: "lse", index: [n, i, r, h, 0] }, got, lse, merged_lse(lse));
     }
+    Ok(())
 }
 
 fn rows([batch, blocks, rows, ..]: [usize; 5]) -> impl Iterator<Item = [usize; 3]> {

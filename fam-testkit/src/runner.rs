@@ -68,7 +68,7 @@ fn run_attend<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Result<P
     let data = Data::new(case);
     let outputs = attend::launch(h, case, &data, POISON)?;
     let limits = h.limits();
-    let checker = attend::check(case, &data, &outputs, level, &limits);
+    let checker = attend::check(case, &data, &outputs, level, &limits)?;
     conclude(case, checker, digest(outputs.arrays()))
 }
 

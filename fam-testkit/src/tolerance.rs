@@ -276,6 +276,40 @@ mod tests {
         assert_eq!(tiles(5..40, 16, 17, 16), 2.0 + 2.0 + 1.0 + 1.0);
     }
 
+    /// Attention in f32 without a fault, where a sink leaves the keys so little that exp underflows: o is known to an absolute error only.
+    #[test]
+    fn a_right_kernel_needs_the_term_of_underflow() {
+        let limits = Limits::default();
+        let bound = Bound::new(Level::Hard, Dtype::F32, Dtype::F32, &limits);
+        let mut needed = 0;
+        for step in 0..400 {
+            // One key of logit 0, v = 3000; the sink's logit is so far above that p lies around the least subnormal.
+            let (sink, v) = (96.0 + step as f32 * 0.025, 3000f32);
+            let p = (-sink).exp();
+            let o = p * v / (1.0 + p);
+            let exact = (-f64::from(sink)).exp();
+            let expected = exact * f64::from(v) / (1.0 + exact);
+            let c =
+                Condition { o: expected, a: expected, s: 0.0, sink: sink.into(), n: 1.0, tiles: 1.0, d: 1.0, v_max: v.into() };
+            let error = (f64::from(o) - expected).abs();
+            assert!(error <= bound.o(&c), "sink {sink}: {error:e} of {:e}", bound.o(&c));
+            needed += usize::from(error > bound.o(&c) - exp2(-150) * c.n * c.v_max);
+        }
+        assert!(needed > 100, "without the term {needed} of 400 right results would be wrong");
+    }
+
+    /// Halves of the least subnormal round to even, here both to 0.
+    #[test]
+    fn a_right_gate_needs_the_term_of_underflow() {
+        let limits = Limits::default();
+        let bound = Bound::new(Level::Hard, Dtype::F32, Dtype::F32, &limits);
+        let least = f32::from_bits(1);
+        let (got, expected) = (f64::from(0.5 * least + 0.5 * least), f64::from(least));
+        let error = (got - expected).abs();
+        let allowed = bound.gated(0.5, [expected, 0.0], [expected, 0.0]);
+        assert!(error <= allowed && error > allowed - exp2(-149), "{error:e} of {allowed:e}");
+    }
+
     fn approx(a: f64, b: f64) {
         assert!((a - b).abs() < 1e-12, "{a} {b}");
     }

@@ -8,7 +8,7 @@ use fam_testkit::{Case, CaseFile, Filter, Harness, Mode, Reference, case_file, c
 
 /// Replays in every mode; each is right, and all give the same bits. Returns the worst share of a bound.
 fn all_modes(name: &str, case: &CaseFile, h: &CpuHarness) -> f64 {
-    let reference = Reference::new(case);
+    let reference = Reference::new(case).unwrap();
     let mut first = None;
     let mut worst = 0f64;
     for mode in Mode::ALL {
@@ -64,7 +64,7 @@ fn outputs_round_trip_and_are_judged() {
     let at = ((64 * 9) + 4) * 64 + 7;
     let value = f32::from_le_bytes(o.data[4 * at..4 * at + 4].try_into().unwrap());
     o.data[4 * at..4 * at + 4].copy_from_slice(&(value * 1.001 + 1e-3).to_le_bytes());
-    let (wrong, edges) = Reference::new(&case).judge(&case, &read, &fam_testkit::Limits::any_kernel()).wrong.unwrap();
+    let (wrong, edges) = Reference::new(&case).unwrap().judge(&case, &read, &fam_testkit::Limits::any_kernel()).wrong.unwrap();
     assert_eq!((wrong.at.tensor, wrong.at.index), ("o", [0, 0, 64, 4, 7]));
     assert!(edges.contains("first row of its block") && edges.contains("query head 1 of 3 of kv head 1"), "{edges}");
 }

@@ -26,8 +26,8 @@ impl Verdict {
         let error = (got - expected).abs();
         self.compared += 1;
         self.worst = self.worst.max(if error == 0.0 { 0.0 } else { error / bound });
-        // False where either is NaN.
-        let is_right = error <= bound;
+        // False where one is NaN. Measured inputs are finite, and so is every bound.
+        let is_right = error <= bound && bound.is_finite();
         if !is_right {
             self.wrong.get_or_insert(Wrong { at: Element { tensor, index }, got, expected, bound });
         }
@@ -101,7 +101,7 @@ impl Call {
         let mut verdict = Verdict::default();
         for kv_head in kv_heads {
             self.rows(kv_head, &mut verdict)?;
-            self.state(kv_head, &mut verdict);
+            self.state(kv_head, &mut verdict)?;
         }
         Ok(verdict)
     }
@@ -117,7 +117,8 @@ impl Call {
         let spans: Vec<_> =
             (0..batch).map(|n| Span::new(n as u32, history as u64, rows as u32).with_mem_rows(mem_len as u32)).collect();
         let every = |a: &Array<4>, heads: &Range<usize>| cut(a, &(0..a.shape[1]).collect::<Vec<_>>(), heads.clone());
-        let memory = |a: &Array<4>, heads: &Range<usize>| every(a, heads).reshape([batch, 1, mem_len, heads.len(), d]);
+        let memory =
+            |a: &Array<4>, heads: &Range<usize>| Array { shape: [batch, 1, mem_len, heads.len(), d], data: every(a, heads).data };
         let ([q, mem_q], [k, v], [mem_k, mem_v]) = (&self.q, &self.kv, &self.mem);
         let (q, mem_q) = (every(q, &heads), memory(mem_q, &heads));
         let attended = fam_ref::attend(&fam_ref::Attend {
@@ -130,7 +131,7 @@ impl Call {
             mem_k: Some(&memory(mem_k, &own)),
             mem_v: Some(&memory(mem_v, &own)),
             sink: None,
-        });
+        })?;
 
         let dtype = self.shape.dtype();
         let bound = Bound::new(Level::Hard, dtype, dtype, &self.limits);
@@ -148,6 +149,7 @@ impl Call {
                     let [m, z] = of_head(before, kv_head, d);
                     fam_ref::infini_retrieve(q.row(&[n, r, h]), m, z)
                 });
+                let read = read.transpose()?;
                 let gate = fam_ref::gate(self.beta[heads.start + h]);
                 for c in 0..d {
                     let (expected, bound) = match &read {
@@ -166,8 +168,8 @@ impl Call {
     }
 
     /// m and z that the call has written, from those that it has read.
-    fn state(&self, kv_head: usize, verdict: &mut Verdict) {
-        let (Some([before, after]), Some(rule)) = (&self.state, self.case.infini) else { return };
+    fn state(&self, kv_head: usize, verdict: &mut Verdict) -> Result<()> {
+        let (Some([before, after]), Some(rule)) = (&self.state, self.case.infini) else { return Ok(()) };
         let PerfCase { head_dim: d, history, rows, .. } = self.case;
         let [m, z] = of_head(before, kv_head, d);
         let [got_m, got_z] = of_head(after, kv_head, d);
@@ -175,7 +177,7 @@ impl Call {
             let rows = (history..history + rows).map(|t| a.row(&[0, t, kv_head]));
             rows.collect::<Vec<_>>()
         });
-        let written = fam_ref::infini_write(rule, &k, &v, m, z);
+        let written = fam_ref::infini_write(rule, &k, &v, m, z)?;
         for (at, (got, expected)) in got_m.iter().zip(&written.m).enumerate() {
             let delta = match rule {
                 InfiniRule::Linear => 0.0,
@@ -187,13 +189,14 @@ impl Call {
         for (c, (got, expected)) in got_z.iter().zip(&written.z).enumerate() {
             verdict.value("z", [0, 0, 0, kv_head, c], [*got, *expected], infini_z(rows, written.s_sum[c], *expected));
         }
+        Ok(())
     }
 }
 
 /// A tensor `[N, .., H, D]` in f64, the axes between as one.
 fn array(tensor: &Tensor) -> Array<4> {
     let [n, between @ .., h, d] = tensor.shape.as_slice() else { unreachable!("tensors have heads") };
-    Array::new([*n, between.iter().product(), *h, *d], tensor.values())
+    Array { shape: [*n, between.iter().product(), *h, *d], data: tensor.values() }
 }
 
 /// The given rows and heads.
@@ -205,7 +208,7 @@ fn cut(from: &Array<4>, rows: &[usize], heads: Range<usize>) -> Array<4> {
             data.extend_from_slice(&from.row(&[n, row])[heads.start * d..heads.end * d]);
         }
     }
-    Array::new([batch, rows.len(), heads.len(), d], data)
+    Array { shape: [batch, rows.len(), heads.len(), d], data }
 }
 
 /// m `[D, D]` and z `[D]` of one kv head.

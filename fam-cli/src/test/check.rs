@@ -124,14 +124,15 @@ fn sample<H: Harness>(h: &H, bytes: &[u8], mode: Mode) -> Outcome
 where
     H::Backend: Clone,
 {
-    let outputs = CaseFile::read(bytes).and_then(|case| Ok((replay(h, &case, mode)?, case)));
-    match outputs {
+    let judged = CaseFile::read(bytes).and_then(|case| {
+        let outputs = replay(h, &case, mode)?;
+        Ok(Reference::new(&case)?.judge(&case, &outputs, &h.limits()).wrong)
+    });
+    match judged {
         Err(fam::Error::Unsupported { what, got, .. }) => Outcome::Skipped(format!("{what} = {got}")),
         Err(error) => Outcome::Failed(error.to_string()),
-        Ok((outputs, case)) => match Reference::new(&case).judge(&case, &outputs, &h.limits()).wrong {
-            None => Outcome::Passed(Passed::default()),
-            Some((wrong, edges)) => Outcome::Failed(format!("{wrong} ({edges})")),
-        },
+        Ok(None) => Outcome::Passed(Passed::default()),
+        Ok(Some((wrong, edges))) => Outcome::Failed(format!("{wrong} ({edges})")),
     }
 }
 

@@ -65,7 +65,7 @@ fn equals_the_dense_mask() {
     for window in WINDOWS {
         for mem_len in [0, 1, 3] {
             let inputs = Inputs::new(shape(5, window, mem_len), 2, 23, 1);
-            let attended = attend(&inputs.args(&inputs.spans()));
+            let attended = attend(&inputs.args(&inputs.spans())).unwrap();
             for n in 0..2 {
                 check_dense(&inputs, n, 0, 0, attended.rows.as_ref().unwrap(), attended.mem_rows.as_ref().unwrap());
             }
@@ -79,7 +79,7 @@ fn a_later_start_and_origin_cut_rows_and_keys() {
     let (start, len) = (7, 16);
     for (window, origin) in WINDOWS.into_iter().flat_map(|w| [(w, 3), (w, 6), (w, 7)]) {
         let inputs = Inputs::new(shape(5, window, 2), 1, start + len, 2);
-        let from_block_1 = |x: &Array<5>| Array::new([1, 4, 2, x.shape[3], 6], x.data[x.data.len() / 5..].to_vec());
+        let from_block_1 = |x: &Array<5>| Array::new([1, 4, 2, x.shape[3], 6], x.data[x.data.len() / 5..].to_vec()).unwrap();
         let attended = attend(&Attend {
             q: Some(&tokens_of(&inputs.q, start, len)),
             mem_q: Some(&from_block_1(&inputs.mem_q)),
@@ -88,7 +88,8 @@ fn a_later_start_and_origin_cut_rows_and_keys() {
             k: &tokens_of(&inputs.k, origin, start + len - origin),
             v: &tokens_of(&inputs.v, origin, start + len - origin),
             ..inputs.args(&[inputs.span(0, start, len).with_origin(origin as u64)])
-        });
+        })
+        .unwrap();
         check_dense(&inputs, 0, start, origin, &attended.rows.unwrap(), &attended.mem_rows.unwrap());
     }
 }
@@ -97,7 +98,7 @@ fn a_later_start_and_origin_cut_rows_and_keys() {
 fn block_by_block_is_the_whole() {
     for window in WINDOWS {
         let inputs = Inputs::new(shape(5, window, 3), 1, 23, 3);
-        let whole = attend(&inputs.args(&inputs.spans()));
+        let whole = attend(&inputs.args(&inputs.spans())).unwrap();
         let (rows, mem_rows) = (whole.rows.unwrap(), whole.mem_rows.unwrap());
         for block in 0..5 {
             let part = inputs.attend_block(block);
@@ -117,8 +118,8 @@ fn without_memory_rows_it_is_block_sliding_window_attention() {
     let without = Inputs { shape: shape(5, Window::Blocks(1), 0), ..Inputs::new(with.shape, 1, 23, 4) };
     let no_rows = [Span::new(0, 0, 23)];
     // F = 0, memory rows absent from the span, and no memory at all are the same.
-    let expected = attend(&Attend { mem_q: None, mem_k: None, mem_v: None, ..without.args(&no_rows) });
-    assert_eq!(attend(&Attend { mem_q: None, ..with.args(&no_rows) }), expected);
+    let expected = attend(&Attend { mem_q: None, mem_k: None, mem_v: None, ..without.args(&no_rows) }).unwrap();
+    assert_eq!(attend(&Attend { mem_q: None, ..with.args(&no_rows) }).unwrap(), expected);
     assert_eq!(expected.mem_rows, None);
 }
 
@@ -127,8 +128,8 @@ fn the_sink_takes_its_share() {
     let inputs = Inputs::new(shape(5, Window::Blocks(1), 3), 1, 23, 5);
     let spans = inputs.spans();
     let sink = [-1.0, 0.0, 3.0, f64::NEG_INFINITY];
-    let plain = attend(&inputs.args(&spans));
-    let sunk = attend(&Attend { sink: Some(&sink), ..inputs.args(&spans) });
+    let plain = attend(&inputs.args(&spans)).unwrap();
+    let sunk = attend(&Attend { sink: Some(&sink), ..inputs.args(&spans) }).unwrap();
     for (plain, sunk) in [(plain.rows, sunk.rows), (plain.mem_rows, sunk.mem_rows)] {
         let (plain, sunk) = (plain.unwrap(), sunk.unwrap());
         for (row, (&lse, &with)) in plain.lse.data.iter().zip(&sunk.lse.data).enumerate() {
@@ -156,14 +157,15 @@ fn over(q: &[f64], keys: &[Key], sink: Option<&[f64]>) -> (Vec<f64>, f64) {
     let rows = attend(&Attend {
         shape: &shape,
         spans: &[Span::new(0, n as u64 - 1, 1)],
-        q: Some(&Array::new([1, 1, 1, d], q.to_vec())),
+        q: Some(&Array::new([1, 1, 1, d], q.to_vec()).unwrap()),
         mem_q: None,
-        k: &Array::new([1, n, 1, d], k),
-        v: &Array::new([1, n, 1, d], v),
+        k: &Array::new([1, n, 1, d], k).unwrap(),
+        v: &Array::new([1, n, 1, d], v).unwrap(),
         mem_k: None,
         mem_v: None,
         sink,
-    });
+    })
+    .unwrap();
     let rows = rows.rows.unwrap();
     (rows.o.data.clone(), rows.lse.data[0])
 }
@@ -179,7 +181,7 @@ fn any_split_of_the_keys_merges() {
         for split in [0, 1, 0b1010_1010_1010, 0b1111_0000_1111, 0b0111_1111_1111, 0b1111_1111_1111] {
             let part = |bit| keys.iter().enumerate().filter(|(j, _)| split >> j & 1 == bit).map(|(_, &k)| k).collect::<Vec<_>>();
             let ((o_a, lse_a), (o_b, lse_b)) = (over(q, &part(0), sink), over(q, &part(1), None));
-            let (merged, merged_lse) = merge(&o_a, lse_a, &o_b, lse_b);
+            let (merged, merged_lse) = merge(&o_a, lse_a, &o_b, lse_b).unwrap();
             assert!(difference(&merged, &o) < 1e-14);
             assert!((merged_lse - lse).abs() < 1e-14);
         }
@@ -189,22 +191,22 @@ fn any_split_of_the_keys_merges() {
 #[test]
 fn merging_with_an_empty_part_changes_no_bit() {
     let (none, o) = ([f64::NAN; 2], [0.1, -0.7]);
-    assert_eq!(merge(&o, 3.7, &none, f64::NEG_INFINITY), (o.to_vec(), 3.7));
-    assert_eq!(merge(&none, f64::NEG_INFINITY, &o, 3.7), (o.to_vec(), 3.7));
-    assert_eq!(merge(&none, f64::NEG_INFINITY, &none, f64::NEG_INFINITY), (vec![0.0, 0.0], f64::NEG_INFINITY));
+    assert_eq!(merge(&o, 3.7, &none, f64::NEG_INFINITY).unwrap(), (o.to_vec(), 3.7));
+    assert_eq!(merge(&none, f64::NEG_INFINITY, &o, 3.7).unwrap(), (o.to_vec(), 3.7));
+    assert_eq!(merge(&none, f64::NEG_INFINITY, &none, f64::NEG_INFINITY).unwrap(), (vec![0.0, 0.0], f64::NEG_INFINITY));
     // Far apart, and far beyond what exp can hold.
-    assert_eq!(merge(&o, 1e6, &none.map(|_| 5.0), -1e6), (o.to_vec(), 1e6));
+    assert_eq!(merge(&o, 1e6, &none.map(|_| 5.0), -1e6).unwrap(), (o.to_vec(), 1e6));
 }
 
 #[test]
 fn memory_rows_ignore_window_and_later_keys() {
     let inputs = Inputs::new(shape(5, Window::Blocks(0), 3), 1, 23, 7);
     let spans = inputs.spans();
-    let expected = attend(&inputs.args(&spans)).mem_rows;
+    let expected = attend(&inputs.args(&spans)).unwrap().mem_rows;
     for window in WINDOWS {
         let other = Inputs { shape: shape(5, window, 3), ..Inputs::new(inputs.shape, 1, 23, 7) };
-        assert_eq!(attend(&other.args(&spans)).mem_rows, expected);
-        assert_eq!(attend(&Attend { q: None, ..other.args(&spans) }).mem_rows, expected);
+        assert_eq!(attend(&other.args(&spans)).unwrap().mem_rows, expected);
+        assert_eq!(attend(&Attend { q: None, ..other.args(&spans) }).unwrap().mem_rows, expected);
     }
     // The last call of a block sees the keys of earlier calls too.
     let last = attend(&Attend {
@@ -213,7 +215,8 @@ fn memory_rows_ignore_window_and_later_keys() {
         mem_k: Some(&block_of(&inputs.mem_k, 2)),
         mem_v: Some(&block_of(&inputs.mem_v, 2)),
         ..inputs.args(&[inputs.span(0, 13, 2)])
-    });
+    })
+    .unwrap();
     assert_eq!(last.mem_rows.unwrap().o.data, expected.unwrap().o.row(&[0, 2]));
 }
 
@@ -221,8 +224,8 @@ fn memory_rows_ignore_window_and_later_keys() {
 fn ragged_spans_leave_the_rest_empty() {
     let inputs = Inputs::new(shape(5, Window::Blocks(1), 2), 3, 15, 8);
     let spans = [inputs.span(0, 0, 15), inputs.span(1, 0, 6), inputs.span(2, 0, 0)];
-    let whole = attend(&inputs.args(&inputs.spans())).rows.unwrap();
-    let Attended { rows, mem_rows } = attend(&inputs.args(&spans));
+    let whole = attend(&inputs.args(&inputs.spans())).unwrap().rows.unwrap();
+    let Attended { rows, mem_rows } = attend(&inputs.args(&spans)).unwrap();
     let (rows, mem_rows) = (rows.unwrap(), mem_rows.unwrap());
     assert_eq!(rows.o.row(&[0]), whole.o.row(&[0]));
     assert_eq!(rows.o.row(&[1])[..6 * 24], whole.o.row(&[1])[..6 * 24]);
@@ -237,7 +240,7 @@ fn ragged_spans_leave_the_rest_empty() {
 #[test]
 fn one_visible_key_is_returned_bit_for_bit() {
     let inputs = Inputs::new(shape(1, Window::Blocks(0), 0), 1, 9, 9);
-    let rows = attend(&inputs.args(&inputs.spans())).rows.unwrap();
+    let rows = attend(&inputs.args(&inputs.spans())).unwrap().rows.unwrap();
     for t in 0..9 {
         for h in 0..4 {
             assert_eq!(rows.o.row(&[0, 0, t, h]), inputs.v.row(&[0, t, h / 2]));
@@ -252,14 +255,15 @@ fn conditioning_is_what_the_bound_says() {
     let rows = attend(&Attend {
         shape: &shape,
         spans: &[Span::new(0, 1, 1)],
-        q: Some(&Array::new([1, 1, 1, 2], vec![-1.0, 2.0])),
+        q: Some(&Array::new([1, 1, 1, 2], vec![-1.0, 2.0]).unwrap()),
         mem_q: None,
-        k: &Array::new([1, 2, 1, 2], vec![3.0, 1.0, -1.0, 1.0]),
-        v: &Array::new([1, 2, 1, 2], vec![2.0, -1.0, -4.0, -3.0]),
+        k: &Array::new([1, 2, 1, 2], vec![3.0, 1.0, -1.0, 1.0]).unwrap(),
+        v: &Array::new([1, 2, 1, 2], vec![2.0, -1.0, -4.0, -3.0]).unwrap(),
         mem_k: None,
         mem_v: None,
         sink: None,
-    });
+    })
+    .unwrap();
     let rows = rows.rows.unwrap();
     // −0.5·(−3 + 2) = 0.5 and −0.5·(1 + 2) = −1.5.
     let p = gate(2.0);
@@ -276,12 +280,13 @@ fn three(k: [f64; 3], v: [f64; 3], sink: Option<&[f64]>) -> Rows {
         spans: &[Span::new(0, 0, 3)],
         q: Some(&Array::full([1, 3, 1, 1], 1.0)),
         mem_q: None,
-        k: &Array::new([1, 3, 1, 1], k.to_vec()),
-        v: &Array::new([1, 3, 1, 1], v.to_vec()),
+        k: &Array::new([1, 3, 1, 1], k.to_vec()).unwrap(),
+        v: &Array::new([1, 3, 1, 1], v.to_vec()).unwrap(),
         mem_k: None,
         mem_v: None,
         sink,
-    });
+    })
+    .unwrap();
     attended.rows.unwrap()
 }
 

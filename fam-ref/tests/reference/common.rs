@@ -68,24 +68,27 @@ impl Inputs {
         let (start, len) = (block * b, b.min(tokens - block * b));
         attend(&Attend {
             q: Some(&tokens_of(&self.q, start, len)),
+            k: &tokens_of(&self.k, 0, tokens),
+            v: &tokens_of(&self.v, 0, tokens),
             mem_q: Some(&block_of(&self.mem_q, block)),
             mem_k: Some(&block_of(&self.mem_k, block)),
             mem_v: Some(&block_of(&self.mem_v, block)),
             ..self.args(&[self.span(0, start, len)])
         })
+        .unwrap()
     }
 }
 
 /// Tokens `start .. start + len` of stream 0.
 pub fn tokens_of(x: &Array<4>, start: usize, len: usize) -> Array<4> {
     let [_, _, h, d] = x.shape;
-    Array::new([1, len, h, d], x.data[start * h * d..(start + len) * h * d].to_vec())
+    Array::new([1, len, h, d], x.data[start * h * d..(start + len) * h * d].to_vec()).unwrap()
 }
 
 /// Memory rows of one block of stream 0.
 pub fn block_of(x: &Array<5>, block: usize) -> Array<5> {
     let [_, _, f, h, d] = x.shape;
-    Array::new([1, 1, f, h, d], x.row(&[0, block]).to_vec())
+    Array::new([1, 1, f, h, d], x.row(&[0, block]).to_vec()).unwrap()
 }
 
 /// Largest difference; infinite where one is NaN or infinite and the other is not the same.

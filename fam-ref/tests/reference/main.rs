@@ -5,3 +5,4 @@ mod common;
 mod infini;
 mod layer;
 mod real_activations;
+mod refusals;

@@ -27,7 +27,7 @@ impl File {
             Dtype::F32 => tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()).into()).collect(),
             dtype => panic!("{name} is {dtype:?}"),
         };
-        Array::new(tensor.shape().try_into().unwrap(), data)
+        Array::new(tensor.shape().try_into().unwrap(), data).unwrap()
     }
 
     fn shape(&self, mem_len: usize) -> Shape {
@@ -77,7 +77,7 @@ fn check_attend(name: &str) {
         mem_k: file.get("mem_k"),
         mem_v: file.get("mem_v"),
     };
-    let attended = attend(&inputs.args(&inputs.spans()));
+    let attended = attend(&inputs.args(&inputs.spans())).unwrap();
     let (rows, mem_rows) = (attended.rows.unwrap(), attended.mem_rows.unwrap());
     file.check("expected_o", &rows.o.data);
     file.check("expected_lse", &rows.lse.data);
@@ -87,7 +87,7 @@ fn check_attend(name: &str) {
     let block = inputs.attend_block(2);
     assert_eq!(block.mem_rows.unwrap().o, block_of(&mem_rows.o, 2));
     let (b, [batch, _, len, heads, d]) = (inputs.shape.block_len(), rows.o.shape);
-    assert_eq!(block.rows.unwrap().o.data, tokens_of(&rows.o.reshape([batch, len, heads, d]), 2 * b, b).data);
+    assert_eq!(block.rows.unwrap().o.data, tokens_of(&Array { shape: [batch, len, heads, d], data: rows.o.data }, 2 * b, b).data);
 }
 
 #[test]
@@ -120,7 +120,8 @@ fn check_infini(name: &str, rule: InfiniRule, rule_name: &str) {
         mem_k: None,
         mem_v: None,
         sink: None,
-    });
+    })
+    .unwrap();
     let local = local.rows.unwrap();
     let mut o = Array::zeros([tokens, heads, d]);
     let mut m = Array::zeros([kv_heads, d, d]);
@@ -130,7 +131,7 @@ fn check_infini(name: &str, rule: InfiniRule, rule_name: &str) {
         for t in segment.clone() {
             for h in 0..heads {
                 let kv = h / shape.group();
-                let a = infini_retrieve(infini_q.row(&[0, t, h]), m.row(&[kv]), z.row(&[kv])).a;
+                let a = infini_retrieve(infini_q.row(&[0, t, h]), m.row(&[kv]), z.row(&[kv])).unwrap().a;
                 let g = gate(beta.data[h]);
                 for (c, o) in o.row_mut(&[t, h]).iter_mut().enumerate() {
                     *o = g * a[c] + (1.0 - g) * local.o[[0, 0, t, h, c]];
@@ -140,7 +141,7 @@ fn check_infini(name: &str, rule: InfiniRule, rule_name: &str) {
         if segment.len() == b {
             for h in 0..kv_heads {
                 let (k, v): (Vec<_>, Vec<_>) = segment.clone().map(|t| (infini_k.row(&[0, t, h]), v.row(&[0, t, h]))).unzip();
-                let written = infini_write(rule, &k, &v, m.row(&[h]), z.row(&[h]));
+                let written = infini_write(rule, &k, &v, m.row(&[h]), z.row(&[h])).unwrap();
                 m.row_mut(&[h]).copy_from_slice(&written.m);
                 z.row_mut(&[h]).copy_from_slice(&written.z);
             }

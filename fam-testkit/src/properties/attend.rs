@@ -16,7 +16,7 @@ use fam_core::{Shape, Span, Window};
 fn right<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data) -> Result<(Outputs, Passed), Stop> {
     let outputs = launch(h, case, data, POISON)?;
     let limits = h.limits();
-    let passed = conclude(case, check(case, data, &outputs, Level::Hard, &limits), 0)?;
+    let passed = conclude(case, check(case, data, &outputs, Level::Hard, &limits)?, 0)?;
     Ok((outputs, passed))
 }
 
@@ -50,7 +50,7 @@ pub(super) fn no_memory<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed,
     // The reference of the one holds the results of the other.
     let outputs = launch(h, &without, &same, POISON)?;
     let limits = h.limits();
-    conclude(&with, check(&with, &data, &outputs, Level::Hard, &limits), 0)
+    conclude(&with, check(&with, &data, &outputs, Level::Hard, &limits)?, 0)
 }
 
 /// 5, bitwise.

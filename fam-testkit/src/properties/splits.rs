@@ -51,7 +51,7 @@ pub(super) fn splits<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, St
     };
     let whole = part(0, keys);
     let data = Data::new(&whole);
-    let expected = reference(&whole, &data).rows.ok_or_else(|| Stop::Failed("no rows".into()))?;
+    let expected = reference(&whole, &data)?.rows.ok_or_else(|| Stop::Failed("no rows".into()))?;
     let mut parts = Vec::new();
     for [first, end] in [[0, cuts[0]], [cuts[0], cuts[1]], [cuts[1], keys]] {
         if first < end {
@@ -135,7 +135,7 @@ pub(super) fn sink<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, Stop
     let data = Data::new(&with);
     let rows = |case| launch(h, case, &data, POISON)?.rows.ok_or_else(|| Stop::Failed("no rows".into()));
     let (without_sink, with_sink) = (rows(&without)?, rows(&with)?);
-    let expected = reference(&without, &data).rows.ok_or_else(|| Stop::Failed("no rows".into()))?;
+    let expected = reference(&without, &data)?.rows.ok_or_else(|| Stop::Failed("no rows".into()))?;
     let limits = h.limits();
     let bound = Bound::new(Level::Hard, with.shape.dtype(), Dtype::F32, &limits);
     let mut near = Near::default();

@@ -33,7 +33,7 @@ where
     H::Backend: Clone,
 {
     let outputs = replay(h, file, mode)?;
-    let verdict = Reference::new(file).judge(file, &outputs, &h.limits());
+    let verdict = Reference::new(file)?.judge(file, &outputs, &h.limits());
     match verdict.wrong {
         Some((wrong, edges)) => Err(Stop::Failed(format!("{} as {mode}: {wrong} ({edges})", file.source))),
         None => {

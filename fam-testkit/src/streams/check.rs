@@ -101,7 +101,7 @@ where
     }
 
     fn judge(&self, stream: usize, case: &CaseFile, from: usize, outputs: BTreeMap<String, Tensor>) -> Result<(), Stop> {
-        match Reference::new(case).judge_from(from, case, &outputs, &self.h.limits()).wrong {
+        match Reference::new(case)?.judge_from(from, case, &outputs, &self.h.limits()).wrong {
             None => Ok(()),
             Some((wrong, edges)) => Err(Stop::Failed(format!("stream {stream} of {:?}: {wrong} ({edges})", self.shape))),
         }
