@@ -4,21 +4,16 @@
 
 use crate::CpuPlan;
 use crate::memory::{Cache, Input, check_aligned, ring_layout};
-use crate::pack::Convert;
+use crate::pack::{Convert, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, run, run_once};
 use crate::span::SpanSource;
-use fam_core::{Append, AppendMem, AppendRows, Dtype, Keys, Plan, ReadRing, Result, ViewMut, bf16, f16};
+use fam_core::{Append, AppendMem, AppendRows, Keys, Plan, ReadRing, Result, ViewMut};
 
 /// [`fam_core::Backend::append`].
 pub(crate) fn append(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    match plan.spec().shape().dtype() {
-        Dtype::F32 => typed::<f32>(plan, par, args, scratch),
-        Dtype::F16 => typed::<f16>(plan, par, args, scratch),
-        Dtype::Bf16 => typed::<bf16>(plan, par, args, scratch),
-        other => unreachable!("refused when the plan was made: {other}"),
-    }
+    with_element!(plan, T => typed::<T>(plan, par, args, scratch))
 }
 
 fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
@@ -74,12 +69,7 @@ pub(crate) fn read_ring(plan: &CpuPlan, par: &Par<'_>, args: ReadRing<'_, [u8]>)
     let ReadRing { k, v, .. } = args;
     check_aligned("k", k.mem, k.layout.dtype)?;
     check_aligned("v", v.mem, v.layout.dtype)?;
-    match spec.shape().kv_dtype() {
-        Dtype::F32 => read_typed::<f32>(plan, par, spans, &keys, k, v),
-        Dtype::F16 => read_typed::<f16>(plan, par, spans, &keys, k, v),
-        Dtype::Bf16 => read_typed::<bf16>(plan, par, spans, &keys, k, v),
-        other => unreachable!("refused when the plan was made: {other}"),
-    }
+    with_element!(plan, T => read_typed::<T>(plan, par, spans, &keys, k, v))
 }
 
 fn read_typed<T: Convert>(

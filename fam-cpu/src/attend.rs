@@ -19,7 +19,7 @@
 
 use crate::infini_read::State;
 use crate::memory::{Cache, Input, Rows};
-use crate::pack::{self, Convert, PAD};
+use crate::pack::{self, Convert, PAD, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Task, run};
 use crate::product::{accumulate, logits};
@@ -28,7 +28,7 @@ use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_MR, Tile, carve};
 use crate::vector::{Vector, scalar::Scalar};
 use crate::{CpuPlan, Isa};
-use fam_core::{Attend, Dtype, Plan, Result, Shape, Span, bf16, f16, mutate};
+use fam_core::{Attend, Plan, Result, Shape, Span, mutate};
 use std::ops::Range;
 
 /// Sizes of a worker's buffers, in the order of [`Buffers`].
@@ -41,12 +41,7 @@ pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 9] {
 /// [`fam_core::Backend::attend`].
 pub(crate) fn attend(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    match plan.spec().shape().dtype() {
-        Dtype::F32 => typed::<f32>(plan, par, args, scratch),
-        Dtype::F16 => typed::<f16>(plan, par, args, scratch),
-        Dtype::Bf16 => typed::<bf16>(plan, par, args, scratch),
-        other => unreachable!("refused when the plan was made: {other}"),
-    }
+    with_element!(plan, T => typed::<T>(plan, par, args, scratch))
 }
 
 fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {

@@ -8,7 +8,7 @@
 //! its largest σ becomes 1 and the denominator cannot underflow.
 
 use crate::memory::Input;
-use crate::pack::{self, Convert};
+use crate::pack::{self, Convert, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, run};
 use crate::product::accumulate;
@@ -16,7 +16,7 @@ use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, Tile, carve};
 use crate::vector::{Vector, scalar::Scalar, sigma};
 use crate::{CpuPlan, Isa};
-use fam_core::{Dtype, InfiniRead, InfiniState, Plan, Result, Span, bf16, f16, mutate};
+use fam_core::{InfiniRead, InfiniState, Plan, Result, Span, mutate};
 use std::ops::Range;
 
 /// Sizes of a worker's buffers: σ(q), packed m, a, and o.
@@ -28,12 +28,7 @@ pub(crate) fn scratch(tile: Tile) -> [usize; 4] {
 /// [`fam_core::Backend::infini_read`].
 pub(crate) fn infini_read(plan: &CpuPlan, par: &Par<'_>, args: InfiniRead<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    match plan.spec().shape().dtype() {
-        Dtype::F32 => typed::<f32>(plan, par, args, scratch),
-        Dtype::F16 => typed::<f16>(plan, par, args, scratch),
-        Dtype::Bf16 => typed::<bf16>(plan, par, args, scratch),
-        other => unreachable!("refused when the plan was made: {other}"),
-    }
+    with_element!(plan, T => typed::<T>(plan, par, args, scratch))
 }
 
 fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniRead<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {

@@ -9,7 +9,7 @@
 
 use crate::infini_read::{retrieve, sigma_rows};
 use crate::memory::{Cache, Rows};
-use crate::pack::{self, Convert};
+use crate::pack::{self, Convert, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Task, run};
 use crate::product::accumulate;
@@ -17,7 +17,7 @@ use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, Tile, carve};
 use crate::vector::{Vector, scalar::Scalar};
 use crate::{CpuPlan, Isa};
-use fam_core::{Dtype, InfiniRule, InfiniWrite, Plan, Result, Shape, bf16, f16, mutate};
+use fam_core::{InfiniRule, InfiniWrite, Plan, Result, Shape, mutate};
 
 /// Sizes of a worker's buffers: what is added to m and to z, the old m and z, a tile of k, of σ(k) transposed, of v and of a, and packed m.
 pub(crate) fn scratch(tile: Tile) -> [usize; 9] {
@@ -29,12 +29,7 @@ pub(crate) fn scratch(tile: Tile) -> [usize; 9] {
 /// [`fam_core::Backend::infini_write`].
 pub(crate) fn infini_write(plan: &CpuPlan, par: &Par<'_>, args: InfiniWrite<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    match plan.spec().shape().dtype() {
-        Dtype::F32 => typed::<f32>(plan, par, args, scratch),
-        Dtype::F16 => typed::<f16>(plan, par, args, scratch),
-        Dtype::Bf16 => typed::<bf16>(plan, par, args, scratch),
-        other => unreachable!("refused when the plan was made: {other}"),
-    }
+    with_element!(plan, T => typed::<T>(plan, par, args, scratch))
 }
 
 fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniWrite<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {

@@ -22,6 +22,28 @@ pub(crate) fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(PAD)
 }
 
+/// Runs `$work` with `$T` the element type of a plan's dtype.
+macro_rules! with_element {
+    ($plan:expr, $T:ident => $work:expr) => {
+        match fam_core::Plan::spec($plan).shape().dtype() {
+            fam_core::Dtype::F32 => {
+                type $T = f32;
+                $work
+            }
+            fam_core::Dtype::F16 => {
+                type $T = fam_core::f16;
+                $work
+            }
+            fam_core::Dtype::Bf16 => {
+                type $T = fam_core::bf16;
+                $work
+            }
+            other => unreachable!("refused when the plan was made: {other}"),
+        }
+    };
+}
+pub(crate) use with_element;
+
 /// Conversions of whole rows.
 pub(crate) trait Convert: Element {
     /// The exact values.

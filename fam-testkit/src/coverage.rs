@@ -92,7 +92,7 @@ impl Coverage {
             ("empty streams", flag(case.spans.iter().any(|p| p.len == 0))),
             ("shuffled slots", flag(case.spans.iter().enumerate().any(|(n, p)| p.slot as usize != n))),
         ];
-        for (axis, value) in axes {
+        for (axis, value) in axes.into_iter().filter(|(axis, _)| concerns(case.op, axis)) {
             *self.by_axis.entry((case.op.name(), axis)).or_default().entry(value).or_default() += 1;
         }
         for span in &case.spans {
@@ -118,6 +118,21 @@ impl Coverage {
             }
         }
         gaps
+    }
+}
+
+/// Whether the axis is anything to the op.
+fn concerns(op: Op, axis: &str) -> bool {
+    match axis {
+        "D" | "heads" | "batch" | "blocks" | "strides" => true,
+        "B" | "style" | "device spans" | "2^32 from the origin" | "origin" | "empty streams" | "shuffled slots" => {
+            op != Op::Merge
+        }
+        "keys" => matches!(op, Op::Append | Op::Attend | Op::InfiniWrite),
+        "window" | "F" | "absent memory rows" | "row groups" => matches!(op, Op::Append | Op::Attend),
+        "out" => !matches!(op, Op::Append | Op::InfiniWrite),
+        "lse" => matches!(op, Op::Attend | Op::Merge),
+        _ => op == Op::Attend,
     }
 }
 

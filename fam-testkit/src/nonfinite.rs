@@ -15,15 +15,23 @@ pub(crate) fn spoil(case: &Case, data: &mut Data) {
     let kinds = [f64::NAN, f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
     match case.op {
         Op::Attend if rng.chance(1, 4) => hide_keys(case, data, &mut rng),
+        // Infinities in σ would leave the order of sums to decide.
+        Op::Attend if case.fused && rng.chance(1, 4) => {
+            let role = rng.pick(&[Role::InfiniQ, Role::M, Role::Z]);
+            scatter(data, role, &[f64::NAN], &mut rng);
+        }
         Op::Attend => {
             let role = rng.pick(&[Role::Q, Role::MemQ, Role::K, Role::V, Role::MemK, Role::MemV]);
             scatter(data, role, &kinds, &mut rng);
         }
         Op::InfiniRead => {
-            let role = rng.pick(&[Role::OLocal, Role::InfiniQ]);
-            scatter(data, role, if role == Role::InfiniQ { &[f64::NAN] } else { &kinds }, &mut rng);
+            let role = rng.pick(&[Role::OLocal, Role::InfiniQ, Role::M, Role::Z]);
+            scatter(data, role, if role == Role::OLocal { &kinds } else { &[f64::NAN] }, &mut rng);
         }
-        Op::InfiniWrite => scatter(data, Role::V, &kinds, &mut rng),
+        Op::InfiniWrite => {
+            let role = rng.pick(&[Role::V, Role::K, Role::M, Role::Z]);
+            scatter(data, role, if role == Role::V { &kinds } else { &[f64::NAN] }, &mut rng);
+        }
         Op::Append => {
             scatter(data, Role::K, &kinds, &mut rng);
             scatter(data, Role::MemV, &kinds, &mut rng);
