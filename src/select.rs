@@ -64,9 +64,9 @@ impl Selected {
     /// The backend's name in kernel ids and on the command line.
     #[must_use]
     pub fn name(&self) -> &'static str {
-        match self {
+        match *self {
             #[cfg(feature = "cpu")]
-            Selected::Cpu(cpu) => fam_core::Backend::name(cpu),
+            Selected::Cpu(ref cpu) => fam_core::Backend::name(cpu),
         }
     }
 }

@@ -1,11 +1,10 @@
-//! What a user gets when something is wrong: a test for each row of the failure table that concerns the CPU, the core, files and streams.
-//! (Streams under faults are in tests/streams, files in fam-testkit/tests, the environment override and unavailable backends on the command
-//! line in fam-cli/tests/cli.rs.)
+//! What a user gets when something is wrong, for a single op on the CPU. Streams under faults and corrupted snapshots are in tests/streams,
+//! files in fam-testkit/tests; what the command line says, and its watchdog, in fam-cli/tests.
 
 use fam::cpu::{Cpu, Par, Pool};
 use fam::{
-    Attend, Backend, BackendName, Device, Dtype, Error, Keys, Layout, Op, Plan, Result, Rows, Shape, ShapeBuilder, Span, Spans,
-    View, ViewMut, Window,
+    Attend, Backend, BackendName, Device, Dtype, Error, Keys, Layout, Merge, Op, Partial, Plan, ReadRing, Result, Rows, Shape,
+    ShapeBuilder, Span, Spans, View, ViewMut, Window,
 };
 use rayon::prelude::*;
 
@@ -241,6 +240,42 @@ fn sizes_beyond_the_limits_are_refused_when_the_plan_is_made() {
     let attend = Attend::new(Spans::Host(&[]), Keys::Ring(ring));
     let mut scratch = vec![0; plan.support().scratch_bytes as usize];
     assert!(matches!(cpu.attend(&plan, &mut Par::Serial, attend, &mut scratch), Err(Error::Invalid { field: "keys", .. })));
+    let (mut k, mut v) = ([0f32; 128], [0f32; 128]);
+    let [k, v] = [&mut k, &mut v].map(|to| ViewMut::tokens(to, [1, 1, 2, 64]));
+    let read = cpu.read_ring(&plan, &mut Par::Serial, ReadRing::new(Spans::Host(&[Span::new(0, 0, 1)]), ring, k, v));
+    assert!(matches!(read, Err(Error::Invalid { field: "keys", .. })), "{read:?}");
+}
+
+/// An empty output of any size along its other axes.
+#[test]
+fn an_empty_merge_is_done_at_once() {
+    let cpu = Cpu::new().unwrap();
+    let plan = cpu.plan(&shape().build().unwrap().spec(1, 1).ops(&[Op::Merge]).build().unwrap()).unwrap();
+    for sizes in [[usize::MAX, 1, 0, HEADS, D], [0, usize::MAX, usize::MAX, HEADS, D]] {
+        let o = Layout::packed(Dtype::F32, sizes);
+        let lse = Layout { shape: [sizes[0], sizes[1], sizes[2], HEADS, 1], ..o };
+        let part = || Partial { o: View::of::<f32>(&[], o), lse: View::of::<f32>(&[], lse) };
+        let args = Merge::new(part(), part(), ViewMut::of::<f32>(&mut [], o));
+        cpu.merge(&plan, &mut Par::Serial, args, &mut vec![0; plan.support().scratch_bytes as usize]).unwrap();
+    }
+}
+
+/// Logits that f32 cannot hold leave their own row unspecified, and every other bit as it was.
+#[test]
+fn logits_beyond_f32_stay_in_their_row() {
+    let plain = Problem::new();
+    let expected = plain.run();
+    for (t, h, huge) in [(0, 0, 3e38), (5, 1, -3e38), (TOKENS - 1, 0, f32::MAX)] {
+        let mut problem = plain.clone();
+        problem.q[(t * HEADS + h) * D..][..D].fill(huge);
+        let got = problem.run();
+        for row in (0..TOKENS * HEADS).filter(|&row| row != t * HEADS + h) {
+            let bits = |o: &[f32]| o[row * D..][..D].iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&got[0]), bits(&expected[0]), "row {row}");
+            assert_eq!(got[1][row].to_bits(), expected[1][row].to_bits(), "row {row}");
+        }
+        assert_eq!(got[2], expected[2]);
+    }
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use crate::backend::check_op;
 use crate::span::Extent;
-use crate::view::{Expect, check_bytes, check_overlap};
-use crate::{Memory, Op, Plan, Result, Spans, View, ViewMut};
+use crate::view::{Expect, check_bytes, check_overlap, check_ring};
+use crate::{Keys, Memory, Op, Plan, Result, Spans, View, ViewMut};
 
 /// Copies (converts, packs) new keys and values to where `attend` reads them. Either group may be absent.
 #[derive(Debug)]
@@ -77,7 +77,7 @@ impl<'a, M: Memory + ?Sized> Append<'a, M> {
             let expect = Expect { field: "k", dtype: shape.dtype(), at_least: [batch, 1, rows], exactly };
             expect.input(k)?;
             Expect { field: "v", ..expect }.input(v)?;
-            check_bytes("ring", &**ring, plan.support().ring_bytes)?;
+            check_ring(&**ring, plan)?;
         }
         if let Some(AppendMem { k, v, to_k, to_v }) = &self.mem_rows {
             let mem_len = self.spans.mem_rows(spec);
@@ -134,8 +134,9 @@ impl<'a, M: Memory + ?Sized> ReadRing<'a, M> {
     pub fn validate(&self, plan: &impl Plan) -> Result<()> {
         let spec = plan.spec();
         let shape = spec.shape();
-        let Extent { batch, rows, .. } = self.spans.validate(spec)?;
-        check_bytes("ring", self.ring, plan.support().ring_bytes)?;
+        let extent = self.spans.validate(spec)?;
+        Keys::Ring(self.ring).validate(plan, &extent)?;
+        let Extent { batch, rows, .. } = extent;
         let exactly = [shape.kv_heads(), shape.head_dim()];
         let expect = Expect { field: "k", dtype: shape.kv_dtype(), at_least: [batch, 1, rows], exactly };
         expect.output(&self.k)?;

@@ -2,7 +2,7 @@
 
 use crate::backend::check_op;
 use crate::span::Extent;
-use crate::view::{Expect, Named, check_bytes, check_overlap};
+use crate::view::{Expect, Named, check_bytes, check_overlap, check_ring};
 use crate::{Dtype, Error, Memory, Op, Plan, Result, Spans, Spec, View, ViewMut};
 
 /// Block rows over window, memory keys and their own block, and memory rows over memory keys and the block, in one launch.
@@ -97,7 +97,7 @@ impl<'a, M: Memory + ?Sized> Keys<'a, M> {
             Keys::Ring(_) if plan.spec().ring_rows() == 0 => {
                 Err(Error::invalid("keys", "a ring", "linear caches: the plan was made without append, and so without a ring"))
             }
-            Keys::Ring(ring) => check_bytes("ring", *ring, plan.support().ring_bytes),
+            Keys::Ring(ring) => check_ring(*ring, plan),
         }
     }
 

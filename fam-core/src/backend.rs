@@ -269,6 +269,14 @@ pub trait Device: Backend {
     /// [`Error::DeviceLost`].
     fn synchronize(&self, queue: &mut Self::Queue<'_>) -> Result<()>;
 
+    /// Refuses a queue that would leave out a part of what is enqueued on it. [`crate::Streams`] asks before it enqueues anything.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], naming the queue's property.
+    fn check_queue(&self, _queue: &Self::Queue<'_>) -> Result<()> {
+        Ok(())
+    }
+
     /// Enqueues zeros in bytes `at`.
     ///
     /// # Errors

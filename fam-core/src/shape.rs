@@ -2,7 +2,8 @@
 
 use crate::{Dtype, Error, Op, Result};
 
-/// The most elements any one tensor of a plan may have: 2³¹.
+/// The most elements of any tensor whose size follows from shape and spec: 2³¹. Caches that a caller brings may have more; kernels count
+/// their elements in 64 bits.
 pub const MAX_ELEMENTS: u64 = 1 << 31;
 
 /// Which keys before its own block a block row sees (contract: section 2 of the crate docs).
@@ -365,6 +366,10 @@ impl SpecBuilder {
             let requested = slots.max(self.rows) as u64;
             return Err(Error::LimitExceeded { what: "slots or rows", requested, max: u32::MAX.into() });
         }
+        if blocks.checked_mul(s.block_len).is_none_or(|tokens| tokens > u32::MAX as usize) {
+            let requested = (blocks as u64).saturating_mul(s.block_len as u64);
+            return Err(Error::LimitExceeded { what: "tokens of the blocks in a call", requested, max: u32::MAX.into() });
+        }
         elements("elements of q", &[self.batch, self.rows, s.heads, s.head_dim])?;
         elements("elements of mem_q", &[self.batch, blocks, s.mem_len.max(1), s.heads, s.head_dim])?;
         let ops = self.ops.unwrap_or_else(|| match s.infini {
@@ -374,6 +379,7 @@ impl SpecBuilder {
         // Linear caches need no ring, and their window may be of any size.
         let has_ring = ops.contains(&Op::Append) || self.ring_rows.is_some();
         let ring_rows = if has_ring { ring_rows(s, slots, blocks, self.ring_rows)? } else { 0 };
+        elements("elements of the memory keys", &[slots, 2, s.mem_len, s.kv_heads, s.head_dim])?;
         if s.infini.is_some() {
             elements("elements of m", &[slots, 2, s.kv_heads, s.head_dim, s.head_dim])?;
         }
@@ -400,6 +406,6 @@ fn ring_rows(s: &Shape, slots: usize, blocks: usize, asked: Option<usize>) -> Re
             format!("a multiple of block_len = {} and at least {least} (window + {blocks} blocks)", s.block_len),
         ));
     }
-    elements("elements of the key ring", &[slots.max(1), ring_rows, s.kv_heads, s.head_dim])?;
+    elements("elements of the key ring", &[slots.max(1), 2, ring_rows, s.kv_heads, s.head_dim])?;
     Ok(ring_rows)
 }

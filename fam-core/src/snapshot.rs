@@ -1,9 +1,9 @@
 //! Snapshot and restore of one stream: a byte string that any backend can take up again, bit for bit.
 //!
 //! Layout, little-endian: magic and version (8 bytes), [`FIELDS`] as u64, the payload, CRC-32 of all that. The payload: keys, then values of
-//! the live tokens in position order, never the ring's image; keys and values of the current, then of the staged memory rows; for
-//! Infini-attention un-rotated keys and values of the current segment, m and z. Every header field, length and the checksum are verified
-//! before anything is allocated or touched.
+//! the live tokens in position order, never the ring's image; keys and values of the memory rows of the block before, then of the block of
+//! the next token; for Infini-attention un-rotated keys and values of the current segment, m and z. Every header field, length and the
+//! checksum are verified before anything is allocated or touched.
 
 use crate::streams::{Slot, Staged, Streams};
 use crate::{
@@ -15,7 +15,7 @@ use std::ops::Range;
 const MAGIC: &[u8; 8] = b"famstrm\x01";
 
 /// Names of the header's fields, in order.
-const FIELDS: [&str; 16] = [
+const FIELDS: [&str; 15] = [
     "heads",
     "kv_heads",
     "head_dim",
@@ -29,7 +29,6 @@ const FIELDS: [&str; 16] = [
     "origin",
     "position",
     "mem_rows",
-    "blocks with memory",
     "staged memory",
     "staged rows",
 ];
@@ -65,8 +64,7 @@ fn slot_fields(slot: &Slot) -> [u64; FIELDS.len() - SHAPE_FIELDS] {
         Staged::Kept => (1, 0),
         Staged::Set(rows) => (2, rows),
     };
-    // A block index is at most u64::MAX / 2, so the count cannot wrap.
-    [slot.origin, slot.position, slot.mem_rows.into(), slot.mem_block.map_or(0, |b| b + 1), staged, rows.into()]
+    [slot.origin, slot.position, slot.mem_rows.into(), staged, rows.into()]
 }
 
 /// Some tokens of one slot.
@@ -145,8 +143,7 @@ fn parse(bytes: &[u8], shape: &Shape, index: u32) -> Result<Slot> {
             return wrong(format!("{name} {have}, the streams have {want}"));
         }
     }
-    let [origin, position, mem_rows, mem_blocks, staged, staged_rows] =
-        [10, 11, 12, 13, 14, 15].map(|field: usize| values[field]);
+    let [origin, position, mem_rows, staged, staged_rows] = [10, 11, 12, 13, 14].map(|field: usize| values[field]);
     let most = shape.mem_len() as u64;
     if position > u64::MAX / 2 || origin > position {
         return wrong(format!("origin {origin}, position {position}"));
@@ -154,15 +151,11 @@ fn parse(bytes: &[u8], shape: &Shape, index: u32) -> Result<Slot> {
     if mem_rows > most || staged_rows > most || staged > 2 || (staged != 2 && staged_rows != 0) {
         return wrong(format!("memory of {mem_rows} rows, staged {staged} with {staged_rows}; mem_len is {most}"));
     }
-    if mem_blocks > shape.block(position) + 1 {
-        return wrong(format!("{mem_blocks} blocks with memory at position {position}"));
-    }
     let slot = Slot {
         origin,
         position,
         mem_entry: 0,
         mem_rows: mem_rows as u32,
-        mem_block: mem_blocks.checked_sub(1),
         staged: match staged {
             0 => Staged::None,
             1 => Staged::Kept,
@@ -171,9 +164,10 @@ fn parse(bytes: &[u8], shape: &Shape, index: u32) -> Result<Slot> {
         state_entry: 0,
         poisoned: false,
     };
-    // The memory of a block that has tokens is fixed.
-    if slot.check_boundary(shape).is_err() && (slot.staged != Staged::None || slot.mem_block != Some(shape.block(position))) {
-        return wrong(format!("{mem_blocks} blocks with memory, staged {staged}, inside a block at position {position}"));
+    // A block that has tokens has its memory, and the first block none before it.
+    let is_due = slot.check_boundary(shape).is_err() && slot.memory(shape, index).is_err();
+    if is_due || (mem_rows > 0 && shape.block(position) == shape.block(origin)) {
+        return wrong(format!("memory of {mem_rows} rows, staged {staged}, at position {position} from origin {origin}"));
     }
     let length = HEADER + Sections::new(shape, index, &slot).bytes() + CHECKSUM;
     if bytes.len() != length {
@@ -193,6 +187,7 @@ impl<B: Device> Streams<B> {
     /// [`Error::Invalid`] for a slot out of range or a foreign plan; [`Error::Poisoned`]; those of the device.
     pub fn snapshot(&self, plan: &B::Plan, queue: &mut B::Queue<'_>, slot: u32) -> Result<Vec<u8>> {
         self.check_plan(plan)?;
+        self.backend.check_queue(queue)?;
         let state = *self.live_slot(slot)?;
         self.backend.synchronize(queue)?;
         let sections = Sections::new(&self.shape, slot, &state);
@@ -234,6 +229,7 @@ impl<B: Device> Streams<B> {
         scratch: &mut B::Mem,
     ) -> Result<()> {
         self.check_plan(plan)?;
+        self.backend.check_queue(queue)?;
         self.slot(slot)?;
         let state = parse(snapshot, &self.shape, slot)?;
         let sections = Sections::new(&self.shape, slot, &state);

@@ -57,7 +57,8 @@ impl Span {
             return 0;
         }
         let b = block_len.max(1) as u64;
-        ((self.end() - 1) / b - self.start / b + 1) as usize
+        // A span at the end of u64, which no op takes, has one block too.
+        ((self.end() - 1).max(self.start) / b - self.start / b + 1) as usize
     }
 
     /// Positions of the keys that the memory rows of the call's `i`-th block see: the block's keys up to the call's end.

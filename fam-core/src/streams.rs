@@ -3,7 +3,7 @@
 mod buffers;
 mod slot;
 
-use crate::{Append, Device, Error, Layout, Plan, Result, Rows, Shape, Span, Spans, View, ViewMut, mutate};
+use crate::{Append, Device, Error, Layout, Op, Plan, Result, Rows, Shape, Span, Spans, View, ViewMut, mutate};
 pub(crate) use buffers::Buffers;
 pub(crate) use slot::{Slot, Staged};
 use std::borrow::BorrowMut;
@@ -130,10 +130,20 @@ impl<B: Device> Streams<B> {
     /// Allocates the state of `plan.spec().slots()` empty streams.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], [`Error::LimitExceeded`] or [`Error::DeviceLost`] from the device.
+    /// [`Error::Invalid`] for a plan without the ops that a step is made of; [`Error::OutOfMemory`], [`Error::LimitExceeded`] or [`Error::DeviceLost`] from the device.
     pub fn new(backend: B, plan: &B::Plan) -> Result<Self> {
         let spec = plan.spec();
         let slots = spec.slots();
+        let write = spec.shape().infini().map(|_| Op::InfiniWrite);
+        for op in [Op::Append, Op::Attend].into_iter().chain(write) {
+            if !spec.ops().contains(&op) {
+                return Err(Error::invalid(
+                    "plan.ops",
+                    format!("{:?}", spec.ops()),
+                    format!("with {op}, which steps consist of"),
+                ));
+            }
+        }
         Ok(Streams {
             buffers: Buffers::new(&backend, plan)?,
             backend,
@@ -182,7 +192,7 @@ impl<B: Device> Streams<B> {
         mem_v: View<'_, B::Mem>,
         scratch: &mut B::Mem,
     ) -> Result<()> {
-        self.check(plan, slots)?;
+        self.check(plan, queue, slots)?;
         let Some(mem) = &mut self.buffers.mem else {
             return Err(Error::invalid("mem_len", 0, "set_memory needs a shape with memory rows"));
         };
@@ -238,7 +248,7 @@ impl<B: Device> Streams<B> {
         step: Step<'_, B::Mem>,
         scratch: &mut B::Mem,
     ) -> Result<Pending<'s>> {
-        self.check(plan, step.slots)?;
+        self.check(plan, queue, step.slots)?;
         self.advance(&step)?;
         let spans = Spans::Host(&self.spans);
         let done = self.buffers.step(&self.backend, plan, queue, spans, step, scratch);
@@ -246,7 +256,8 @@ impl<B: Device> Streams<B> {
         Ok(Pending { slots: &mut self.slots, changes: &self.changes })
     }
 
-    /// Forgets the last `tokens` tokens, all of the current block (speculative decoding).
+    /// Forgets the last `tokens` tokens, all of the current block (speculative decoding). Back at the block's first token all is as before
+    /// it: the memory that was set or kept for the block still is, and can be exchanged.
     ///
     /// # Errors
     /// [`Error::Invalid`] past the block's first token, or for a slot out of range; [`Error::Poisoned`].
@@ -264,6 +275,7 @@ impl<B: Device> Streams<B> {
     /// # Errors
     /// [`Error::Invalid`] for a slot out of range; [`Error::Poisoned`] where `from` is; those of the device, which poison `to`.
     pub fn copy_slot(&mut self, queue: &mut B::Queue<'_>, from: u32, to: u32) -> Result<()> {
+        self.backend.check_queue(queue)?;
         let state = *self.live_slot(from)?;
         self.slot(to)?;
         if from != to {
@@ -281,6 +293,7 @@ impl<B: Device> Streams<B> {
     /// [`Error::Invalid`] for a slot out of range; [`Error::LimitExceeded`] for an origin beyond half of `u64`; those of the device, which
     /// poison the slot.
     pub fn reset(&mut self, queue: &mut B::Queue<'_>, slot: u32, origin: u64) -> Result<()> {
+        self.backend.check_queue(queue)?;
         self.slot(slot)?;
         if origin > u64::MAX / 2 {
             return Err(Error::LimitExceeded { what: "origin", requested: origin, max: u64::MAX / 2 });
@@ -293,8 +306,9 @@ impl<B: Device> Streams<B> {
         Ok(())
     }
 
-    /// Declares the slot's state lost: what was enqueued for it never ran (an encoder dropped, say). Refused from then on, until restored
-    /// or reset.
+    /// Declares the slot's state lost. What [`Streams::set_memory`], [`Streams::step`], [`Streams::copy_slot`], [`Streams::reset`] and
+    /// [`Streams::restore`] enqueue takes effect on the device later, and only the caller knows where that never happened: where an encoder
+    /// was dropped, say. The slot is refused from then on, until restored or reset. A lost device is noticed, and does this to every slot.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a slot out of range.
@@ -349,9 +363,10 @@ impl<B: Device> Streams<B> {
         Ok(())
     }
 
-    /// Checks that the plan fits this state, and the slots: in range, none twice, none poisoned.
-    fn check(&self, plan: &B::Plan, slots: &[u32]) -> Result<()> {
+    /// Checks that the plan fits this state, the queue, and the slots: in range, none twice, none poisoned.
+    fn check(&self, plan: &B::Plan, queue: &B::Queue<'_>, slots: &[u32]) -> Result<()> {
         self.check_plan(plan)?;
+        self.backend.check_queue(queue)?;
         for (n, &slot) in slots.iter().enumerate() {
             self.live_slot(slot)?;
             if slots[..n].contains(&slot) {

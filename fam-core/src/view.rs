@@ -1,6 +1,6 @@
 //! Borrowed memory with strides: how every tensor reaches an op.
 
-use crate::{Dtype, Element, Error, Result};
+use crate::{Dtype, Element, Error, Plan, Result};
 
 /// What a backend hands out as memory: bytes on the CPU, a region of a buffer on a GPU.
 pub trait Memory {
@@ -12,11 +12,20 @@ pub trait Memory {
     fn place(&self) -> Option<(u64, u64)> {
         None
     }
+
+    /// Whether elements of `dtype` may begin at the first byte.
+    fn is_aligned(&self, _dtype: Dtype) -> bool {
+        true
+    }
 }
 
 impl Memory for [u8] {
     fn bytes(&self) -> u64 {
         self.len() as u64
+    }
+
+    fn is_aligned(&self, dtype: Dtype) -> bool {
+        self.is_empty() || self.as_ptr().addr().is_multiple_of(dtype.bytes())
     }
 }
 
@@ -234,12 +243,12 @@ pub(crate) struct Expect {
 impl Expect {
     /// Checks an input.
     pub fn input<M: Memory + ?Sized>(&self, view: &View<'_, M>) -> Result<()> {
-        self.layout(&view.layout, view.mem.bytes())
+        self.layout(&view.layout, view.mem)
     }
 
     /// Checks an output.
     pub fn output<M: Memory + ?Sized>(&self, view: &ViewMut<'_, M>) -> Result<()> {
-        self.layout(&view.layout, view.mem.bytes())?;
+        self.layout(&view.layout, &*view.mem)?;
         if view.layout.is_repeating() {
             let strides = format!("{:?} for sizes {:?}", view.layout.stride, view.layout.shape);
             return Err(Error::invalid(self.field, strides, "the elements of an output must be distinct"));
@@ -247,7 +256,8 @@ impl Expect {
         Ok(())
     }
 
-    fn layout(&self, layout: &Layout, bytes: u64) -> Result<()> {
+    fn layout<M: Memory + ?Sized>(&self, layout: &Layout, mem: &M) -> Result<()> {
+        let bytes = mem.bytes();
         if layout.dtype != self.dtype {
             return Err(Error::invalid(self.field, layout.dtype, format!("dtype {}", self.dtype)));
         }
@@ -262,6 +272,7 @@ impl Expect {
                 format!("[batch >= {n}, blocks >= {t}, rows >= {r}, heads = {h}, head_dim = {d}]"),
             ));
         }
+        check_aligned(self.field, mem, self.dtype)?;
         match layout.end_bytes() {
             Some(end) if end <= bytes => Ok(()),
             end => Err(Error::invalid(
@@ -278,6 +289,24 @@ impl Expect {
 
 /// A name, the memory and the layout in it (`None`: all of it), for overlap checks.
 pub(crate) type Named<'a, M> = (&'static str, &'a M, Option<&'a Layout>);
+
+/// Refuses memory whose elements would not be aligned for their type. Offsets count elements, so the first byte decides.
+fn check_aligned<M: Memory + ?Sized>(field: &'static str, mem: &M, dtype: Dtype) -> Result<()> {
+    if mem.is_aligned(dtype) {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        field,
+        "misaligned memory",
+        format!("at an address that {dtype} may have: a multiple of {}", dtype.bytes()),
+    ))
+}
+
+/// Checks a key ring.
+pub(crate) fn check_ring<M: Memory + ?Sized>(ring: &M, plan: &impl Plan) -> Result<()> {
+    check_aligned("ring", ring, plan.spec().shape().kv_dtype())?;
+    check_bytes("ring", ring, plan.support().ring_bytes)
+}
 
 /// Checks the size of memory that an op uses whole: a key ring, or scratch.
 pub(crate) fn check_bytes<M: Memory + ?Sized>(field: &'static str, mem: &M, need: u64) -> Result<()> {

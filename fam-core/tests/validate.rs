@@ -80,12 +80,24 @@ fn specs_that_break_a_rule_name_the_field() {
     assert_eq!(refused(s.spec(usize::MAX, usize::MAX)), "slots or rows");
     assert_eq!(refused(s.spec(1 << 20, 1 << 20)), "elements of q");
     assert_eq!(refused(s.spec(1, 4).slots(1 << 28)), "elements of the key ring");
+    assert_eq!(refused(s.spec(1, 4).slots(1 << 26).ops(&[Op::Attend])), "elements of the memory keys");
+    for blocks in [usize::MAX, usize::MAX / 4, 1 << 30] {
+        assert_eq!(refused(s.spec(1, 4).blocks(blocks).ops(&[Op::Attend])), "tokens of the blocks in a call");
+    }
     let wide = shape().window(Window::Blocks(usize::MAX)).build().unwrap();
     assert_eq!(refused(wide.spec(1, 4)), "ring rows");
     assert_eq!(s.spec(1, 4).build().unwrap().ring_rows(), 8);
     let tokens = shape().window(Window::Tokens(6)).build().unwrap();
     assert_eq!(tokens.spec(1, 4).build().unwrap().ring_rows(), 12);
     assert_eq!(s.spec(0, 0).build().unwrap().blocks(), 1);
+}
+
+#[test]
+fn a_span_at_the_end_of_all_positions_has_blocks_too() {
+    for (start, len, blocks) in [(u64::MAX, 1, 1), (u64::MAX, u32::MAX, 1), (u64::MAX - 8, 8, 3), (7, 0, 0), (7, 1, 1), (7, 2, 2)]
+    {
+        assert_eq!(Span::new(0, start, len).blocks(4), blocks, "{start} + {len}");
+    }
 }
 
 #[test]

@@ -3,10 +3,10 @@
 //! A task is one stream and one kv head. Rows are copied as they are: kv_dtype is the shape's dtype.
 
 use crate::CpuPlan;
-use crate::memory::{Cache, Input, check_aligned, ring_layout};
+use crate::memory::{Cache, Input, ring_layout};
 use crate::pack::{Convert, with_element};
 use crate::parallel::output::{Output, Owner};
-use crate::parallel::{Grid, Par, run, run_once};
+use crate::parallel::{Grid, Par, check_whole, run};
 use crate::span::SpanSource;
 use fam_core::{Append, AppendMem, AppendRows, Keys, Plan, ReadRing, Result, ViewMut};
 
@@ -22,15 +22,15 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scra
     let spans = SpanSource::new(args.spans, spec, None, args.mem_rows.is_some());
     let rows = match args.rows {
         Some(AppendRows { k, v, ring }) => {
-            let ring = Output::new("ring", ViewMut::new(ring, ring_layout(spec)), Owner::Slot)?;
-            Some((Input::<T>::new("k", &k)?, Input::<T>::new("v", &v)?, ring))
+            let ring = Output::new(ViewMut::new(ring, ring_layout(spec)), Owner::Slot);
+            Some((Input::<T>::new(&k), Input::<T>::new(&v), ring))
         }
         None => None,
     };
     let mem_rows = match args.mem_rows {
         Some(AppendMem { k, v, to_k, to_v }) => {
-            let (to_k, to_v) = (Output::new("to_k", to_k, Owner::Slot)?, Output::new("to_v", to_v, Owner::Slot)?);
-            Some((Input::<T>::new("mem_k", &k)?, Input::<T>::new("mem_v", &v)?, to_k, to_v))
+            let (to_k, to_v) = (Output::new(to_k, Owner::Slot), Output::new(to_v, Owner::Slot));
+            Some((Input::<T>::new(&k), Input::<T>::new(&v), to_k, to_v))
         }
         None => None,
     };
@@ -64,35 +64,32 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scra
 /// [`fam_core::Device::read_ring`]: on one thread, since snapshots are rare.
 pub(crate) fn read_ring(plan: &CpuPlan, par: &Par<'_>, args: ReadRing<'_, [u8]>) -> Result<()> {
     args.validate(plan)?;
+    check_whole(par)?;
     let (spec, keys) = (plan.spec(), Keys::Ring(args.ring));
     let spans = SpanSource::new(args.spans, spec, Some(&keys), false);
     let ReadRing { k, v, .. } = args;
-    check_aligned("k", k.mem, k.layout.dtype)?;
-    check_aligned("v", v.mem, v.layout.dtype)?;
-    with_element!(plan, T => read_typed::<T>(plan, par, spans, &keys, k, v))
+    with_element!(plan, T => read_typed::<T>(plan, spans, &keys, k, v))
 }
 
 fn read_typed<T: Convert>(
     plan: &CpuPlan,
-    par: &Par<'_>,
     spans: SpanSource<'_>,
     keys: &Keys<'_, [u8]>,
     k: ViewMut<'_, [u8]>,
     v: ViewMut<'_, [u8]>,
 ) -> Result<()> {
     let cache = Cache::<T>::tokens(keys, plan.spec())?;
-    run_once(par, || {
-        for (n, span) in (0..spans.batch()).map(|n| (n, spans.get(n))) {
-            for head in 0..plan.spec().shape().kv_heads() {
-                let (from_k, from_v) = cache.rows([span.slot as usize, 0, head]);
-                for row in 0..span.len as usize {
-                    let index = span.start - span.origin + row as u64;
-                    copy(from_k.get(index), &mut *k.mem, k.layout.at([n, 0, row, head]));
-                    copy(from_v.get(index), &mut *v.mem, v.layout.at([n, 0, row, head]));
-                }
+    for (n, span) in (0..spans.batch()).map(|n| (n, spans.get(n))) {
+        for head in 0..plan.spec().shape().kv_heads() {
+            let (from_k, from_v) = cache.rows([span.slot as usize, 0, head]);
+            for row in 0..span.len as usize {
+                let index = span.start - span.origin + row as u64;
+                copy(from_k.get(index), &mut *k.mem, k.layout.at([n, 0, row, head]));
+                copy(from_v.get(index), &mut *v.mem, v.layout.at([n, 0, row, head]));
             }
         }
-    })
+    }
+    Ok(())
 }
 
 /// Copies a row to element `first` of `to`.

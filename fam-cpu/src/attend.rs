@@ -18,7 +18,7 @@
 //! exactly 0 and its values are not touched, so NaN there stays where it is seen.
 
 use crate::infini_read::State;
-use crate::memory::{Cache, Input, Rows};
+use crate::memory::{Cache, HeadRows, Input};
 use crate::pack::{self, Convert, PAD, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Task, run};
@@ -56,17 +56,14 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scra
     let kernel = Kernel {
         shape,
         tile,
-        rows: args.rows.map(|r| RowGroup::<T>::new(r, ["q", "o", "lse"], owner(row_tiles, 0))).transpose()?,
-        mem_rows: args
-            .mem_rows
-            .map(|r| RowGroup::new(r, ["mem_q", "mem_o", "mem_lse"], owner(mem_tiles, row_tiles)))
-            .transpose()?,
+        rows: args.rows.map(|r| RowGroup::<T>::new(r, owner(row_tiles, 0))),
+        mem_rows: args.mem_rows.map(|r| RowGroup::new(r, owner(mem_tiles, row_tiles))),
         row_tiles,
         mem_tiles,
         keys: Cache::<T>::tokens(&args.keys, spec)?,
-        mem: args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)).transpose()?,
-        sink: args.sink.as_ref().map(|s| Input::<f32>::new("sink", s)).transpose()?,
-        infini: args.infini.as_ref().map(State::<T>::new).transpose()?,
+        mem: args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)),
+        sink: args.sink.as_ref().map(Input::<f32>::new),
+        infini: args.infini.as_ref().map(State::<T>::new),
     };
     let tiles = row_tiles + mem_blocks * mem_tiles;
     let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles, spans: Some(spans), writes_slots: false };
@@ -98,9 +95,9 @@ struct RowGroup<'a, T> {
 }
 
 impl<'a, T: Convert> RowGroup<'a, T> {
-    fn new(rows: fam_core::Rows<'a, [u8]>, [q, o, lse]: [&'static str; 3], owner: Owner) -> Result<Self> {
-        let lse = rows.lse.map(|view| Output::new(lse, view, owner)).transpose()?;
-        Ok(RowGroup { q: Input::new(q, &rows.q)?, o: Output::new(o, rows.o, owner)?, lse })
+    fn new(rows: fam_core::Rows<'a, [u8]>, owner: Owner) -> Self {
+        let lse = rows.lse.map(|view| Output::new(view, owner));
+        RowGroup { q: Input::new(&rows.q), o: Output::new(rows.o, owner), lse }
     }
 }
 
@@ -292,7 +289,7 @@ impl<T: Convert> Kernel<'_, T> {
     #[inline(always)]
     fn tile<V: Vector, const MR: usize, const NR: usize>(
         &self,
-        (k, v): (Rows<'_, T>, Rows<'_, T>),
+        (k, v): (HeadRows<'_, T>, HeadRows<'_, T>),
         first: u64,
         tokens: usize,
         seen: impl Fn(usize) -> Range<usize>,

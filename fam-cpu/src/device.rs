@@ -1,6 +1,6 @@
 //! Owning memory and moving bytes: [`fam_core::Device`].
 
-use crate::parallel::run_once;
+use crate::parallel::check_whole;
 use crate::{Bytes, Cpu, CpuPlan, Par, append};
 use fam_core::{Device, Error, ReadRing, Result};
 use std::ops::Range;
@@ -24,24 +24,33 @@ impl Device for Cpu {
         Ok(())
     }
 
+    /// All of it, or nothing: a step consists of several ops.
+    fn check_queue(&self, queue: &Par<'_>) -> Result<()> {
+        check_whole(queue)
+    }
+
     /// Nothing to wait for: operations are done when they return.
     fn synchronize(&self, _queue: &mut Par<'_>) -> Result<()> {
         Ok(())
     }
 
     fn clear(&self, queue: &mut Par<'_>, mem: &mut [u8], at: Range<u64>) -> Result<()> {
+        check_whole(queue)?;
         let at = within("clear", at, mem.len())?;
-        run_once(queue, || mem[at].fill(0))
+        mem[at].fill(0);
+        Ok(())
     }
 
     fn copy_within(&self, queue: &mut Par<'_>, mem: &mut [u8], from: Range<u64>, to: u64) -> Result<()> {
+        check_whole(queue)?;
         let len = from.end.saturating_sub(from.start);
         let from = within("copy_within.from", from, mem.len())?;
         let to = within("copy_within.to", to..to.saturating_add(len), mem.len())?;
         if from.start < to.end && to.start < from.end {
             return Err(Error::invalid("copy_within.to", format!("{to:?}"), format!("no overlap with from = {from:?}")));
         }
-        run_once(queue, || mem.copy_within(from, to.start))
+        mem.copy_within(from, to.start);
+        Ok(())
     }
 
     fn read_ring(&self, plan: &CpuPlan, queue: &mut Par<'_>, args: ReadRing<'_, [u8]>) -> Result<()> {

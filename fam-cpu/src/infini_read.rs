@@ -36,9 +36,9 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniRead<'_, [u8]>, 
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, None, false);
     let tiles = spans.max_rows().div_ceil(tile.tokens);
-    let state = State::<T>::new(&args.state)?;
-    let o_local = Input::<f32>::new("o_local", &args.o_local)?;
-    let o = Output::new("o", args.o, Owner::Tile { heads: shape.group(), rows: tile.tokens, tiles, first: 0 })?;
+    let state = State::<T>::new(&args.state);
+    let o_local = Input::<f32>::new(&args.o_local);
+    let o = Output::new(args.o, Owner::Tile { heads: shape.group(), rows: tile.tokens, tiles, first: 0 });
     let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles, spans: Some(spans), writes_slots: false };
     run(par, &grid, scratch, plan.share, &|task, scratch| {
         let [q, m, a, acc] = carve(scratch, self::scratch(tile));
@@ -86,15 +86,8 @@ pub(crate) struct State<'a, T> {
 }
 
 impl<'a, T: Convert> State<'a, T> {
-    /// # Errors
-    /// [`fam_core::Error::Invalid`] where elements are not aligned for their type.
-    pub fn new(args: &InfiniState<'a, [u8]>) -> Result<Self> {
-        Ok(State {
-            q: Input::new("infini_q", &args.q)?,
-            m: Input::new("m", &args.m)?,
-            z: Input::new("z", &args.z)?,
-            beta: Input::new("beta", &args.beta)?,
-        })
+    pub fn new(args: &InfiniState<'a, [u8]>) -> Self {
+        State { q: Input::new(&args.q), m: Input::new(&args.m), z: Input::new(&args.z), beta: Input::new(&args.beta) }
     }
 
     /// Gates the memory into `o`, rows of f32 of block `i`: row `r` is of head `heads[r mod group]`. `q(r)` are its queries. The

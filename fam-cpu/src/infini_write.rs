@@ -8,7 +8,7 @@
 //! written. What a segment adds is summed apart and added to m once, so that a large m loses nothing to the number of its keys.
 
 use crate::infini_read::{retrieve, sigma_rows};
-use crate::memory::{Cache, Rows};
+use crate::memory::{Cache, HeadRows};
 use crate::pack::{self, Convert, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Task, run};
@@ -40,8 +40,8 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniWrite<'_, [u8]>,
         shape,
         tile: plan.tile,
         keys: Cache::<T>::tokens(&args.keys, spec)?,
-        m: Output::new("m", args.m, Owner::Slot)?,
-        z: Output::new("z", args.z, Owner::Slot)?,
+        m: Output::new(args.m, Owner::Slot),
+        z: Output::new(args.z, Owner::Slot),
     };
     let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles: 1, spans: Some(spans), writes_slots: true };
     run(par, &grid, scratch, plan.share, &|task, scratch| match plan.isa {
@@ -102,7 +102,7 @@ impl<T: Convert> Kernel<'_, T> {
     #[inline(always)]
     fn segment<V: Vector, const MR: usize, const NR: usize>(
         &self,
-        (k_rows, v_rows): (Rows<'_, T>, Rows<'_, T>),
+        (k_rows, v_rows): (HeadRows<'_, T>, HeadRows<'_, T>),
         range: std::ops::Range<u64>,
         (m, z): (&[f32], &[f32]),
         (add_m, add_z): (&mut [f32], &mut [f32]),

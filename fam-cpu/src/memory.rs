@@ -1,20 +1,10 @@
 //! Memory of the CPU: bytes, read as elements where their address allows it.
 
 use bytemuck::Pod;
-use fam_core::{Dtype, Element, Error, Keys, Layout, Result, Spec, View, mutate};
+use fam_core::{Element, Error, Keys, Layout, Result, Spec, View, mutate};
 use std::borrow::{Borrow, BorrowMut};
 
-/// Refuses memory whose elements would not be aligned for their type. Offsets count elements, so the first byte decides.
-pub(crate) fn check_aligned(field: &'static str, mem: &[u8], dtype: Dtype) -> Result<()> {
-    let past = mem.as_ptr().addr() % dtype.bytes();
-    if past != 0 && !mem.is_empty() {
-        let value = format!("an address {past} bytes past a multiple of {}", dtype.bytes());
-        return Err(Error::invalid(field, value, format!("aligned for {dtype}")));
-    }
-    Ok(())
-}
-
-/// The whole elements of aligned bytes.
+/// The whole elements of aligned bytes; an op has validated its arguments.
 fn elements<T: Pod>(mem: &[u8]) -> &[T] {
     let whole = mem.len() / size_of::<T>() * size_of::<T>();
     bytemuck::try_cast_slice(&mem[..whole]).unwrap_or_default()
@@ -29,13 +19,9 @@ pub(crate) struct Input<'a, T> {
 
 impl<'a, T: Element> Input<'a, T> {
     /// A validated view as elements.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] where elements are not aligned for their type.
-    pub fn new(field: &'static str, view: &View<'a, [u8]>) -> Result<Self> {
+    pub fn new(view: &View<'a, [u8]>) -> Self {
         debug_assert!(view.layout.dtype == T::DTYPE);
-        check_aligned(field, view.mem, T::DTYPE)?;
-        Ok(Input { data: elements(view.mem), layout: view.layout })
+        Input { data: elements(view.mem), layout: view.layout }
     }
 
     /// Sizes and strides.
@@ -51,19 +37,19 @@ impl<'a, T: Element> Input<'a, T> {
     }
 
     /// The rows of `[batch, blocks, .., heads]`; numbers of rows wrap at `wrap`.
-    fn rows(&self, [batch, block, head]: [usize; 3], wrap: u64) -> Rows<'a, T> {
+    fn rows(&self, [batch, block, head]: [usize; 3], wrap: u64) -> HeadRows<'a, T> {
         let [first, stride, len] = match self.layout.shape[2] {
             // A cache of no rows, of which none is read.
             0 => [0; 3],
             _ => [self.layout.at([batch, block, 0, head]), self.layout.stride[2], self.layout.shape[4]],
         };
-        Rows { data: self.data, first, stride, len, wrap }
+        HeadRows { data: self.data, first, stride, len, wrap }
     }
 }
 
 /// One head's rows of keys or values, in a cache that may wrap.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Rows<'a, T> {
+pub(crate) struct HeadRows<'a, T> {
     data: &'a [T],
     first: usize,
     stride: usize,
@@ -71,7 +57,7 @@ pub(crate) struct Rows<'a, T> {
     wrap: u64,
 }
 
-impl<'a, T> Rows<'a, T> {
+impl<'a, T> HeadRows<'a, T> {
     /// Row number `index`, reduced modulo the size of a ring.
     #[inline(always)]
     pub fn get(&self, index: u64) -> &'a [T] {
@@ -95,26 +81,23 @@ impl<'a, T: Element> Cache<'a, T> {
     /// Keys and values of tokens: row number is position − origin.
     ///
     /// # Errors
-    /// [`Error::Invalid`] where elements are not aligned for their type.
+    /// [`Error::Unsupported`] for a kind of cache that this crate does not know.
     pub fn tokens(keys: &Keys<'a, [u8]>, spec: &Spec) -> Result<Self> {
         match *keys {
-            Keys::Strided { k, v } => Ok(Cache { k: Input::new("k", &k)?, v: Input::new("v", &v)?, wrap: u64::MAX }),
+            Keys::Strided { k, v } => Ok(Cache { k: Input::new(&k), v: Input::new(&v), wrap: u64::MAX }),
             Keys::Ring(ring) => {
                 let mut layout = ring_layout(spec);
                 layout.shape[1] = 1;
-                let half = |offset| Input::new("ring", &View::new(ring, layout.with_offset(offset)));
-                Ok(Cache { k: half(0)?, v: half(layout.stride[1])?, wrap: spec.ring_rows() as u64 })
+                let half = |offset| Input::new(&View::new(ring, layout.with_offset(offset)));
+                Ok(Cache { k: half(0), v: half(layout.stride[1]), wrap: spec.ring_rows() as u64 })
             }
             _ => Err(Error::unsupported("keys", "a new kind", "linear caches and the key ring")),
         }
     }
 
     /// Keys and values of memory rows: row number is f.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] where elements are not aligned for their type.
-    pub fn memory(k: &View<'a, [u8]>, v: &View<'a, [u8]>) -> Result<Self> {
-        Ok(Cache { k: Input::new("mem_k", k)?, v: Input::new("mem_v", v)?, wrap: u64::MAX })
+    pub fn memory(k: &View<'a, [u8]>, v: &View<'a, [u8]>) -> Self {
+        Cache { k: Input::new(k), v: Input::new(v), wrap: u64::MAX }
     }
 
     /// Entries of memory rows, at least 1 where a span has any.
@@ -135,7 +118,7 @@ impl<'a, T: Element> Cache<'a, T> {
     }
 
     /// Keys and values of `[slot, entry, head]`.
-    pub fn rows(&self, at: [usize; 3]) -> (Rows<'a, T>, Rows<'a, T>) {
+    pub fn rows(&self, at: [usize; 3]) -> (HeadRows<'a, T>, HeadRows<'a, T>) {
         (self.k.rows(at, self.wrap), self.v.rows(at, self.wrap))
     }
 }

@@ -23,9 +23,9 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
     let [batch, blocks, rows, heads, d] = args.o.layout.shape;
     let tiles = rows.div_ceil(ROWS);
     let owner = Owner::Tile { heads: 1, rows: ROWS, tiles, first: 0 };
-    let parts = [Part::new(["o_a", "lse_a"], &args.a)?, Part::new(["o_b", "lse_b"], &args.b)?];
-    let o = Output::new("o", args.o, owner)?;
-    let lse = args.lse.map(|lse| Output::new("lse", lse, owner)).transpose()?;
+    let parts = [Part::new(&args.a), Part::new(&args.b)];
+    let o = Output::new(args.o, owner);
+    let lse = args.lse.map(|lse| Output::new(lse, owner));
     let grid = Grid { streams: batch, groups: heads, tiles: blocks * tiles, spans: None, writes_slots: false };
     run(par, &grid, scratch, 0, &|task, _| {
         let (block, first) = (task.tile() / tiles, task.tile() % tiles * ROWS);
@@ -53,35 +53,35 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
 
 /// One part as kernels read it.
 struct Part<'a> {
-    o: Rows<'a>,
+    o: PartRows<'a>,
     lse: Input<'a, f32>,
 }
 
 /// Output of an attention: f32, or the shape's dtype.
-enum Rows<'a> {
+enum PartRows<'a> {
     F32(Input<'a, f32>),
     F16(Input<'a, f16>),
     Bf16(Input<'a, bf16>),
 }
 
 impl<'a> Part<'a> {
-    fn new([o, lse]: [&'static str; 2], part: &Partial<'a, [u8]>) -> Result<Self> {
+    fn new(part: &Partial<'a, [u8]>) -> Self {
         let o = match part.o.layout.dtype {
-            Dtype::F32 => Rows::F32(Input::new(o, &part.o)?),
-            Dtype::F16 => Rows::F16(Input::new(o, &part.o)?),
-            Dtype::Bf16 => Rows::Bf16(Input::new(o, &part.o)?),
+            Dtype::F32 => PartRows::F32(Input::new(&part.o)),
+            Dtype::F16 => PartRows::F16(Input::new(&part.o)),
+            Dtype::Bf16 => PartRows::Bf16(Input::new(&part.o)),
             other => unreachable!("refused when the plan was made: {other}"),
         };
-        Ok(Part { o, lse: Input::new(lse, &part.lse)? })
+        Part { o, lse: Input::new(&part.lse) }
     }
 }
 
-impl Rows<'_> {
+impl PartRows<'_> {
     fn widen(&self, at: [usize; 4], to: &mut [f32]) {
         match self {
-            Rows::F32(o) => f32::widen(o.row(at), to),
-            Rows::F16(o) => f16::widen(o.row(at), to),
-            Rows::Bf16(o) => bf16::widen(o.row(at), to),
+            PartRows::F32(o) => f32::widen(o.row(at), to),
+            PartRows::F16(o) => f16::widen(o.row(at), to),
+            PartRows::Bf16(o) => bf16::widen(o.row(at), to),
         }
     }
 }

@@ -8,7 +8,7 @@
 //!
 //! `dp` is D rounded up to [`PAD`] elements, so that no kernel has a tail.
 
-use crate::memory::Rows;
+use crate::memory::HeadRows;
 use crate::vector::Vector;
 use fam_core::{Element, bf16, f16, mutate};
 use half::slice::HalfFloatSliceExt;
@@ -99,7 +99,7 @@ pub(crate) fn row<T: Convert>(from: &[T], to: &mut [f32], pad: f32) {
 
 /// Packs values `range` of a tile whose row 0 is row `first` of `rows`. Others are left as they are: no kernel reads them.
 #[inline(always)]
-pub(crate) fn values<T: Convert>(rows: &Rows<'_, T>, first: u64, range: Range<usize>, dp: usize, to: &mut [f32]) {
+pub(crate) fn values<T: Convert>(rows: &HeadRows<'_, T>, first: u64, range: Range<usize>, dp: usize, to: &mut [f32]) {
     for (key, to) in range.clone().zip(to[range.start * dp..].chunks_exact_mut(dp)) {
         row(rows.get(first.wrapping_add(key as u64)), to, 0.0);
     }
@@ -109,7 +109,7 @@ pub(crate) fn values<T: Convert>(rows: &Rows<'_, T>, first: u64, range: Range<us
 /// rows of `d`: a panel's rows are widened first, then transposed from L1.
 #[inline(always)]
 pub(crate) fn keys<V: Vector, T: Convert>(
-    rows: &Rows<'_, T>,
+    rows: &HeadRows<'_, T>,
     first: u64,
     range: Range<usize>,
     d: usize,

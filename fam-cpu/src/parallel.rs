@@ -23,11 +23,10 @@ pub enum Par<'q> {
     Pool(&'q Pool),
     /// On the caller's threads.
     Caller(&'q dyn Executor),
-    /// Part `ith` of `nth` of one phase of the op, on the calling thread. The caller runs all parts, on threads of its own if it likes,
-    /// with a barrier between the phases that [`fam_core::Support::phases`] counts. For single operations, not for
-    /// [`fam_core::Streams`], whose steps are several. Rust's borrows let parts follow each other; whoever runs them at once hands every
-    /// part the same buffers by raw pointer, as engines in C do, and owes that nothing else touches them. Every part has scratch memory of
-    /// its own (plans of [`crate::Cpu::with_threads`]`(1)` ask for no more than that); parts write disjoint rows.
+    /// Part `ith` of `nth` of one phase of the op, on the calling thread: an engine that deals its own time out runs all parts one after
+    /// another, phase by phase ([`fam_core::Support::phases`] counts them). Parts write disjoint rows. For single operations, not for
+    /// [`fam_core::Streams`], whose steps are several. Parts at the same time would each borrow the outputs exclusively, which cannot be:
+    /// threads that all enter an op at once are an [`Executor`].
     Slice {
         /// Which part, below `nth`.
         ith: usize,
@@ -49,7 +48,8 @@ impl fmt::Debug for Par<'_> {
     }
 }
 
-/// A caller's own threads.
+/// A caller's own threads. An engine whose threads all enter an op lets one of them call it; its `run` publishes `body` to the others, each
+/// of which calls `body(i)` for every `i` that is its own (`ith`, `ith + nth`, …), and waits for them.
 ///
 /// ```
 /// struct Scoped(usize);
@@ -89,7 +89,9 @@ pub(crate) struct Grid<'a> {
 
 impl Grid<'_> {
     fn tasks(&self) -> usize {
-        self.streams * self.groups * self.tiles
+        let sizes = [self.streams, self.groups, self.tiles];
+        // An empty output may have any size along its other axes.
+        if sizes.contains(&0) { 0 } else { sizes.iter().product() }
     }
 
     /// Tiles of one head lie together: they read the same keys.
@@ -197,19 +199,16 @@ pub(crate) fn run(
     Ok(())
 }
 
-/// Runs `body` on the calling thread.
+/// Refuses a slice that is not the whole.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a slice that is not the whole.
-pub(crate) fn run_once(par: &Par<'_>, body: impl FnOnce()) -> Result<()> {
-    if let Par::Slice { ith, nth, phase } = *par {
-        check_slice(ith, nth, phase)?;
-        if nth > 1 {
-            return Err(Error::invalid("slice.nth", nth, "1: only operations can be cut into slices"));
-        }
+/// [`Error::Invalid`].
+pub(crate) fn check_whole(par: &Par<'_>) -> Result<()> {
+    match *par {
+        Par::Slice { nth, .. } if nth > 1 => Err(Error::invalid("slice.nth", nth, "1: only operations can be cut into slices")),
+        Par::Slice { ith, nth, phase } => check_slice(ith, nth, phase),
+        _ => Ok(()),
     }
-    body();
-    Ok(())
 }
 
 /// Phases of every op so far.

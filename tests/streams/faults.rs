@@ -181,6 +181,23 @@ fn a_lost_device_takes_every_slot() {
     }
 }
 
+/// What is left of a lost device is a snapshot, which goes on elsewhere as if nothing had happened.
+#[test]
+fn a_snapshot_outlives_its_device() {
+    for shape in shapes() {
+        let [mut lost_one, mut untroubled] = [ready(&shape), ready(&shape)];
+        let saved = lost_one.snapshot(0);
+        lost_one.faults.plan(Fault { after: 0, works: false, error: lost() });
+        assert_eq!(lost_one.tokens(0, FEED, 2).map(drop), Err(lost()));
+        assert_poisoned(&mut lost_one, &[0, 1]);
+        let mut elsewhere = Layer::new(&shape, 1);
+        elsewhere.restore(0, &saved).unwrap();
+        assert_eq!(elsewhere.tokens(0, FEED, 2), untroubled.tokens(0, FEED, 2));
+        assert_eq!(elsewhere.run_to(0, FEED, 20, 4), untroubled.run_to(0, FEED, 20, 4));
+        assert_eq!(elsewhere.snapshot(0), untroubled.snapshot(0));
+    }
+}
+
 /// Two streams at a block's boundary, the first with its memory set.
 fn ready(shape: &Shape) -> Layer {
     let mut layer = Layer::new(shape, 2);

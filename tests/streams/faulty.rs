@@ -114,6 +114,9 @@ impl Device for Faulty {
     fn download(&self, mem: &[u8], offset: u64, bytes: &mut [u8]) -> Result<()> {
         self.faults.around(|| self.cpu.download(mem, offset, bytes))
     }
+    fn check_queue(&self, queue: &Par<'_>) -> Result<()> {
+        self.cpu.check_queue(queue)
+    }
     fn synchronize(&self, queue: &mut Par<'_>) -> Result<()> {
         self.faults.around(|| self.cpu.synchronize(queue))
     }

@@ -144,18 +144,49 @@ fn tokens_rolled_back_never_were() {
                 layer.run_to(0, FEED, 4 * block, 4);
                 layer.enter_block(0, FEED);
             }
+            let entered = straight.snapshot(0);
             straight.tokens(0, FEED, 1).unwrap();
             astray.tokens(0, FEED, 1).unwrap();
             // Speculation inside the block: up to its last token but one.
             astray.tokens(0, Feed(2), 2).unwrap();
             astray.streams.rollback(0, 2).unwrap();
             assert_eq!(astray.snapshot(0), straight.snapshot(0), "{shape:?}, block {block}");
-            // To the block's first token, whose memory stays.
+            // To the block's first token: all is as it was before.
             astray.streams.rollback(0, 1).unwrap();
-            assert_eq!(astray.streams.memory_due(0), Ok(None));
+            assert_eq!(astray.snapshot(0), entered);
             astray.tokens(0, FEED, 1).unwrap();
             assert_eq!(astray.tokens(0, FEED, 3), straight.tokens(0, FEED, 3), "{shape:?}, block {block}");
             assert_eq!(astray.snapshot(0), straight.snapshot(0), "{shape:?}, block {block}");
+        }
+    }
+}
+
+/// Speculation with one memory, taken back; then another memory, also where a snapshot was taken in the midst of it.
+#[test]
+fn a_memory_tried_and_taken_back_gives_way_to_another() {
+    type Choice = fn(&mut Layer);
+    const CHOICES: [Choice; 3] = [
+        |layer| layer.streams.keep_memory(&[0]).unwrap(),
+        |layer| layer.set_memory(0, FEED, 2).unwrap(),
+        |layer| layer.set_memory(0, Feed(3), 1).unwrap(),
+    ];
+    for shape in shapes().into_iter().filter(|shape| shape.mem_len() > 0) {
+        for (block, tried, chosen) in (0..3).flat_map(|block| (0..9).map(move |i| (block, CHOICES[i / 3], CHOICES[i % 3]))) {
+            let [mut straight, mut astray, mut restored] = [(); 3].map(|()| Layer::new(&shape, 1));
+            for layer in [&mut straight, &mut astray] {
+                layer.run_to(0, FEED, 4 * block, 4);
+            }
+            chosen(&mut straight);
+            tried(&mut astray);
+            astray.tokens(0, Feed(2), 3).unwrap();
+            restored.restore(0, &astray.snapshot(0)).unwrap();
+            let outputs = straight.tokens(0, FEED, 4).unwrap();
+            for layer in [&mut astray, &mut restored] {
+                layer.streams.rollback(0, 3).unwrap();
+                chosen(layer);
+                assert_eq!(layer.tokens(0, FEED, 4), Ok(outputs.clone()), "{shape:?}, block {block}");
+                assert_eq!(layer.snapshot(0), straight.snapshot(0), "{shape:?}, block {block}");
+            }
         }
     }
 }

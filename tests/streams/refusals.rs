@@ -3,7 +3,7 @@
 use crate::faulty::cpu;
 use crate::fixture::{Call, Feed, Layer, shapes};
 use fam::cpu::Par;
-use fam::{Backend, Device, Error, InfiniRule, Layout, Plan, Shape, Step, View, Window};
+use fam::{Backend, Device, Error, InfiniRule, Layout, Op, Plan, Shape, Step, Streams, View, Window};
 use std::borrow::{Borrow, BorrowMut};
 
 const FEED: Feed = Feed(1);
@@ -119,7 +119,50 @@ fn compressive_memory_given_or_missing() {
     refused(&mut without, "infini", |l| l.streams.infini_state(0).map(drop));
 }
 
-/// A backend's own refusal comes before its work: alignment is the CPU's rule, which only the op itself can check.
+/// A queue that leaves a part of every op out would leave a part of the state behind.
+#[test]
+fn a_slice_of_a_step() {
+    for shape in shapes() {
+        let mut layer = Layer::new(&shape, 2);
+        layer.run_to(0, FEED, 8, 4);
+        layer.enter_block(0, FEED);
+        let saved = layer.snapshot(0);
+        let half = || Par::Slice { ith: 0, nth: 2, phase: 0 };
+        refused(&mut layer, "slice.nth", |l| {
+            let mut call = Call::new(l, &[(0, FEED, 1)]);
+            l.streams.step(&l.plan, &mut half(), call.step(), l.scratch.borrow_mut()).map(drop)
+        });
+        refused(&mut layer, "slice.nth", |l| l.streams.copy_slot(&mut half(), 0, 1));
+        refused(&mut layer, "slice.nth", |l| l.streams.reset(&mut half(), 0, 0));
+        refused(&mut layer, "slice.nth", |l| l.streams.snapshot(&l.plan, &mut half(), 0).map(drop));
+        refused(&mut layer, "slice.nth", |l| l.streams.restore(&l.plan, &mut half(), 1, &saved, l.scratch.borrow_mut()));
+        if shape.mem_len() > 0 {
+            let owned = cpu().alloc(1 << 10).unwrap();
+            let mem = View::new(owned.borrow(), Layout::tokens(shape.dtype(), [1, 1, shape.kv_heads(), shape.head_dim()]));
+            refused(&mut layer, "slice.nth", |l| {
+                l.streams.set_memory(&l.plan, &mut half(), &[0], mem, mem, l.scratch.borrow_mut())
+            });
+        }
+        // The whole is a slice too.
+        let mut call = Call::new(&layer, &[(0, FEED, 1)]);
+        let mut whole = Par::Slice { ith: 0, nth: 1, phase: 0 };
+        layer.streams.step(&layer.plan, &mut whole, call.step(), layer.scratch.borrow_mut()).unwrap().commit();
+    }
+}
+
+/// Without a step's ops there is nothing that streams could do.
+#[test]
+fn a_plan_without_a_steps_ops() {
+    for (shape, ops) in
+        [(0, vec![Op::Attend]), (0, vec![Op::Append, Op::Merge]), (3, vec![Op::Append, Op::Attend, Op::InfiniRead])]
+    {
+        let plan = cpu().plan(&shapes()[shape].spec(1, 4).ops(&ops).build().unwrap()).unwrap();
+        let streams = Streams::new(cpu(), &plan);
+        assert!(matches!(streams, Err(Error::Invalid { field: "plan.ops", .. })), "{streams:?}");
+    }
+}
+
+/// Nothing is written by a step that is refused, whichever of its tensors is at fault.
 #[test]
 fn misaligned_memory() {
     let layer = &mut layer(&shapes()[0]);
@@ -140,6 +183,16 @@ fn misaligned_memory() {
         let step = Step::new(&[0], View::new(odd, layout), View::new(odd, layout));
         l.streams.step(&l.plan, &mut Par::Serial, step, l.scratch.borrow_mut()).map(drop)
     });
+    // The last op of a step is at fault; what the first ones write is as it was.
+    let mut layer = Layer::new(&shapes()[3], 1);
+    let mut call = Call::new(&layer, &[(0, FEED, 3)]);
+    let outputs = call.outputs(0);
+    refused(&mut layer, "k", |l| {
+        let mut step = call.step();
+        step.infini.as_mut().unwrap().k = View::new(odd, step.k.layout);
+        l.streams.step(&l.plan, &mut Par::Serial, step, l.scratch.borrow_mut()).map(drop)
+    });
+    assert_eq!(call.outputs(0), outputs);
 }
 
 #[test]

@@ -7,22 +7,21 @@ use crate::{Error, Result, Shape, Span};
 pub(crate) struct Slot {
     pub origin: u64,
     pub position: u64,
-    /// Entry of the memory that serves, or last served.
+    /// Entry of the memory that served the block before. It moves on with a block's last token, so that a rollback to the first one finds
+    /// all as it was.
     pub mem_entry: u32,
     pub mem_rows: u32,
-    /// The block that the current memory entry serves; `None` before the first.
-    pub mem_block: Option<u64>,
     pub staged: Staged,
     pub state_entry: u32,
     pub poisoned: bool,
 }
 
-/// The memory of the block that comes next.
+/// The memory of the block of the next token.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) enum Staged {
     #[default]
     None,
-    /// The current entry serves again.
+    /// The entry of the block before serves again.
     Kept,
     /// The other entry, with so many rows.
     Set(u32),
@@ -47,14 +46,13 @@ impl Slot {
     /// Entry and rows of the memory that serves the block of the next token.
     pub fn memory(&self, shape: &Shape, slot: u32) -> Result<(u32, u32)> {
         let block = shape.block(self.position);
-        match (self.staged, self.mem_block) {
+        match self.staged {
             _ if shape.mem_len() == 0 => Ok((0, 0)),
-            (Staged::Set(rows), _) => Ok((self.mem_entry ^ 1, rows)),
-            (Staged::Kept, _) => Ok((self.mem_entry, self.mem_rows)),
-            (Staged::None, Some(served)) if served == block => Ok((self.mem_entry, self.mem_rows)),
+            Staged::Set(rows) => Ok((self.mem_entry ^ 1, rows)),
+            Staged::Kept => Ok((self.mem_entry, self.mem_rows)),
             // A stream without an initial memory.
-            (Staged::None, None) => Ok((self.mem_entry, 0)),
-            (Staged::None, Some(_)) => Err(Error::MemoryDue { slot, block }),
+            Staged::None if block == shape.block(self.origin) => Ok((self.mem_entry, 0)),
+            Staged::None => Err(Error::MemoryDue { slot, block }),
         }
     }
 
@@ -75,16 +73,11 @@ impl Slot {
             return Err(Error::LimitExceeded { what: "position after the step", requested, max: u64::MAX / 2 });
         }
         let (mem_entry, mem_rows) = self.memory(shape, slot)?;
-        let completes = u64::from(len) == room;
-        let next = Slot {
-            position: self.position + u64::from(len),
-            mem_entry,
-            mem_rows,
-            mem_block: Some(shape.block(self.position)),
-            staged: Staged::None,
-            state_entry: self.state_entry ^ u32::from(completes),
-            ..*self
-        };
+        let mut next = Slot { position: self.position + u64::from(len), ..*self };
+        if u64::from(len) == room {
+            let state_entry = self.state_entry ^ 1;
+            next = Slot { mem_entry, mem_rows, staged: Staged::None, state_entry, ..next };
+        }
         Ok((Span { mem_entry, mem_rows, ..span }, next))
     }
 }
