@@ -204,11 +204,12 @@ pub(crate) fn run(
 /// # Errors
 /// [`Error::Invalid`].
 pub(crate) fn check_whole(par: &Par<'_>) -> Result<()> {
-    match *par {
-        Par::Slice { nth, .. } if nth > 1 => Err(Error::invalid("slice.nth", nth, "1: only operations can be cut into slices")),
-        Par::Slice { ith, nth, phase } => check_slice(ith, nth, phase),
-        _ => Ok(()),
+    let Par::Slice { ith, nth, phase } = *par else { return Ok(()) };
+    check_slice(ith, nth, phase)?;
+    if nth > 1 {
+        return Err(Error::invalid("slice.nth", nth, "1: only operations can be cut into slices"));
     }
+    Ok(())
 }
 
 /// Phases of every op so far.

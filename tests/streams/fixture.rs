@@ -79,7 +79,7 @@ impl Layer {
 
     /// Sets the first `rows` memory rows that `feed` has for `block`.
     pub fn set_memory_of(&mut self, block: u64, slot: u32, feed: Feed, rows: usize) -> Result<()> {
-        let (shape, first) = (self.shape(), 100 * block);
+        let (shape, first) = (self.shape(), block.wrapping_mul(100) >> 1);
         let [k, v] = [Kind::MemK, Kind::MemV].map(|kind| feed.rows(kind, first..first + rows as u64, &shape));
         let scratch = self.scratch.borrow_mut();
         self.streams.set_memory(&self.plan, &mut Par::Serial, &[slot], k.view(), v.view(), scratch)

@@ -29,12 +29,14 @@ struct Shared {
     number: AtomicU64,
     /// Notified of a new job and of the end.
     wake: Condvar,
-    /// Notified when the last worker has left a job.
+    /// Notified when a worker has begun, and when the last one has left a job.
     left: Condvar,
 }
 
 #[derive(Default)]
 struct State {
+    /// Workers that have begun.
+    begun: usize,
     number: u64,
     /// The job that workers may still enter.
     job: Option<Job>,
@@ -68,6 +70,12 @@ impl Pool {
             let refused = |e| Error::BackendUnavailable { backend: "cpu", reason: format!("thread {i} of {threads}: {e}") };
             pool.workers.push(worker.map_err(refused)?);
         }
+        // What threads allocate when they begin, they allocate before the first op.
+        let mut state = pool.shared.lock();
+        while state.begun < pool.workers.len() {
+            state = pool.shared.left.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(state);
         Ok(pool)
     }
 
@@ -120,6 +128,8 @@ impl Shared {
 
     /// A worker's life.
     fn work(&self) {
+        self.lock().begun += 1;
+        self.left.notify_all();
         let mut seen = 0;
         loop {
             for _ in 0..SPINS {
