@@ -11,3 +11,10 @@ pub use fam_core::*;
 #[cfg(feature = "cpu")]
 pub use fam_cpu as cpu;
 pub use select::{BackendName, Candidate, Selected, Selection, candidates, select};
+
+/// Engines move streams between threads.
+#[cfg(feature = "cpu")]
+const _: () = {
+    const fn is_shared<T: Send + Sync>() {}
+    is_shared::<Streams<cpu::Cpu>>();
+};

@@ -100,7 +100,7 @@ impl Support {
         self.kernels.iter().find(|(id, _)| id.op == op).map(|(id, _)| *id)
     }
 
-    /// Phases of `op`: parts of the work with a barrier between, where a caller runs slices of it on threads of its own. 1 on a GPU.
+    /// Phases of `op`: parts of the work with a barrier between, where a caller runs it in slices. 1 on a GPU.
     pub fn phases(&self, op: Op) -> usize {
         self.kernels.iter().find(|(id, _)| id.op == op).map_or(0, |(_, phases)| *phases)
     }
@@ -173,7 +173,7 @@ pub trait Backend {
         _args: Append<'_, Self::Mem>,
         _scratch: &mut Self::Mem,
     ) -> Result<()> {
-        self.missing(plan, Op::Append)
+        missing(self, plan, Op::Append)
     }
 
     /// One joint softmax over window, memory and the current block.
@@ -187,7 +187,7 @@ pub trait Backend {
         _args: Attend<'_, Self::Mem>,
         _scratch: &mut Self::Mem,
     ) -> Result<()> {
-        self.missing(plan, Op::Attend)
+        missing(self, plan, Op::Attend)
     }
 
     /// Reads the compressive memory and gates it into the local attention.
@@ -201,7 +201,7 @@ pub trait Backend {
         _args: InfiniRead<'_, Self::Mem>,
         _scratch: &mut Self::Mem,
     ) -> Result<()> {
-        self.missing(plan, Op::InfiniRead)
+        missing(self, plan, Op::InfiniRead)
     }
 
     /// Writes whole segments into the compressive memory.
@@ -215,7 +215,7 @@ pub trait Backend {
         _args: InfiniWrite<'_, Self::Mem>,
         _scratch: &mut Self::Mem,
     ) -> Result<()> {
-        self.missing(plan, Op::InfiniWrite)
+        missing(self, plan, Op::InfiniWrite)
     }
 
     /// Combines attention over two disjoint key sets.
@@ -229,14 +229,13 @@ pub trait Backend {
         _args: Merge<'_, Self::Mem>,
         _scratch: &mut Self::Mem,
     ) -> Result<()> {
-        self.missing(plan, Op::Merge)
+        missing(self, plan, Op::Merge)
     }
+}
 
-    /// What the ops above return where a backend leaves them out: plans for them cannot be made.
-    #[doc(hidden)]
-    fn missing(&self, plan: &Self::Plan, op: Op) -> Result<()> {
-        Err(Error::no_kernel(op, plan.spec().shape().dtype(), self.name()))
-    }
+/// What an op returns where a backend leaves it out: plans for it cannot be made.
+fn missing<B: Backend + ?Sized>(backend: &B, plan: &B::Plan, op: Op) -> Result<()> {
+    Err(Error::no_kernel(op, plan.spec().shape().dtype(), backend.name()))
 }
 
 /// Owning memory and moving bytes: what [`crate::Streams`], tests and the command line need beside the operations. An engine that embeds
@@ -282,7 +281,7 @@ pub trait Device: Backend {
     /// # Errors
     /// [`Error::Invalid`] past the end; [`Error::DeviceLost`].
     fn clear(&self, _queue: &mut Self::Queue<'_>, _mem: &mut Self::Mem, _at: std::ops::Range<u64>) -> Result<()> {
-        Err(self.lacks("clear"))
+        Err(lacks(self, "clear"))
     }
 
     /// Enqueues a copy of bytes `from` to `to ..`; the two do not overlap.
@@ -296,7 +295,7 @@ pub trait Device: Backend {
         _from: std::ops::Range<u64>,
         _to: u64,
     ) -> Result<()> {
-        Err(self.lacks("copy_within"))
+        Err(lacks(self, "copy_within"))
     }
 
     /// Enqueues the inverse of [`Backend::append`]: keys and values of the spans' tokens, from the ring.
@@ -304,12 +303,11 @@ pub trait Device: Backend {
     /// # Errors
     /// As [`ReadRing::validate`]; [`Error::DeviceLost`].
     fn read_ring(&self, _plan: &Self::Plan, _queue: &mut Self::Queue<'_>, _args: ReadRing<'_, Self::Mem>) -> Result<()> {
-        Err(self.lacks("read_ring"))
+        Err(lacks(self, "read_ring"))
     }
+}
 
-    /// What the methods with a default return.
-    #[doc(hidden)]
-    fn lacks(&self, method: &'static str) -> Error {
-        Error::unsupported("method", method, format!("Streams needs it; {} has operations only", self.name()))
-    }
+/// What a method of [`Device`] returns where a backend leaves it out.
+fn lacks<B: Backend + ?Sized>(backend: &B, method: &'static str) -> Error {
+    Error::unsupported("method", method, format!("Streams needs it; {} has operations only", backend.name()))
 }

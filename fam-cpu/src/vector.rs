@@ -1,4 +1,4 @@
-//! The narrow waist between kernels and instruction sets: a dozen verbs over a register of f32 lanes.
+//! The narrow waist between kernels and instruction sets: fourteen verbs over a register of f32 lanes.
 //!
 //! A kernel is written once, generic over [`Vector`] and `#[inline(always)]`; an instruction set implements the verbs in a file of its
 //! own and calls the kernels from a shell with its `#[target_feature]`. The shell is the only way in, so a verb runs only on a machine
