@@ -13,6 +13,7 @@
 use crate::Array;
 use crate::array::{check, check_len};
 use fam_core::{Result, Shape, Span};
+use std::ops::Range;
 
 /// Arguments of [`attend`]. All arrays are indexed by stream n and, on the axis nb, by the n-th call's block i: `slot`,
 /// `mem_entry` and `state_entry` of a span are not looked at.
@@ -76,53 +77,71 @@ pub struct Attended {
 /// Where an array does not have the sizes that shape and spans ask for, or a span breaks its own rules.
 pub fn attend(args: &Attend) -> Result<Attended> {
     args.validate()?;
-    let (heads, d) = (args.shape.heads(), args.shape.head_dim());
-    let block_len = args.shape.block_len() as u64;
-
-    // Block rows: window, memory of their block, their block up to themselves.
+    let (batch, heads, d) = (args.spans.len(), args.shape.heads(), args.shape.head_dim());
     let rows = args.q.map(|q| {
-        let mut rows = Rows::empty([args.spans.len(), 1, q.shape[1], heads, d]);
-        for (n, span) in args.spans.iter().enumerate() {
-            for t in 0..span.len as usize {
-                let position = span.start + t as u64;
-                let block = (position / block_len - span.start / block_len) as usize;
-                let visible = span.window_first(position, args.shape)..position + 1;
-                for h in 0..heads {
-                    let keys = args.keys(n, block, visible.clone(), h);
-                    rows.set([n, 0, t, h], q.row(&[n, t, h]), &keys, args.scale(), args.sink(h));
-                }
-            }
+        let mut rows = Rows::empty([batch, 1, q.shape[1], heads, d]);
+        for row in args.block_rows() {
+            let [n, _, t, h] = row.at;
+            rows.set(row.at, q.row(&[n, t, h]), &args.keys(&row), args.scale(), args.sink(h));
         }
         rows
     });
-
-    // Memory rows: memory of their block, and the block, which they compress.
     let mem_rows = args.mem_q.map(|mem_q| {
         let [_, blocks, mem_len, ..] = mem_q.shape;
-        let mut rows = Rows::empty([args.spans.len(), blocks, mem_len, heads, d]);
-        for (n, span) in args.spans.iter().enumerate() {
-            for block in 0..span.blocks(args.shape.block_len()) {
-                let visible = span.block_keys(block, args.shape.block_len());
-                for h in 0..heads {
-                    let keys = args.keys(n, block, visible.clone(), h);
-                    for f in 0..args.shape.mem_len() {
-                        rows.set([n, block, f, h], mem_q.row(&[n, block, f, h]), &keys, args.scale(), args.sink(h));
-                    }
-                }
-            }
+        let mut rows = Rows::empty([batch, blocks, mem_len, heads, d]);
+        for row in args.mem_rows() {
+            rows.set(row.at, mem_q.row(&row.at), &args.keys(&row), args.scale(), args.sink(row.at[3]));
         }
         rows
     });
-
     Ok(Attended { rows, mem_rows })
 }
 
 /// Key and value of one visible row.
-type Key<'a> = (&'a [f64], &'a [f64]);
+pub(crate) type Key<'a> = (&'a [f64], &'a [f64]);
+
+/// A query row, and what it sees.
+pub(crate) struct Row {
+    /// Place in [`Rows`]: stream, block entry, row, query head.
+    pub at: [usize; 4],
+    /// Block of the call whose memory keys it sees.
+    pub block: usize,
+    /// Positions of the tokens whose keys it sees.
+    pub visible: Range<u64>,
+}
 
 impl<'a> Attend<'a> {
+    /// Block rows see the window, the memory of their block, and their block up to themselves.
+    pub(crate) fn block_rows(&self) -> Vec<Row> {
+        let block_len = self.shape.block_len() as u64;
+        let mut rows = Vec::new();
+        for (n, span) in self.spans.iter().enumerate() {
+            for t in 0..span.len as usize {
+                let position = span.start + t as u64;
+                let block = (position / block_len - span.start / block_len) as usize;
+                let visible = span.window_first(position, self.shape)..position + 1;
+                rows.extend((0..self.shape.heads()).map(|h| Row { at: [n, 0, t, h], block, visible: visible.clone() }));
+            }
+        }
+        rows
+    }
+
+    /// Memory rows see the memory of their block, and the block, which they compress.
+    pub(crate) fn mem_rows(&self) -> Vec<Row> {
+        let (block_len, heads) = (self.shape.block_len(), self.shape.heads());
+        let mut rows = Vec::new();
+        for (n, span) in self.spans.iter().enumerate() {
+            for block in 0..span.blocks(block_len) {
+                let visible = span.block_keys(block, block_len);
+                let places = (0..self.shape.mem_len()).flat_map(|f| (0..heads).map(move |h| [n, block, f, h]));
+                rows.extend(places.map(|at| Row { at, block, visible: visible.clone() }));
+            }
+        }
+        rows
+    }
+
     /// Checks all that is read against shape and spans.
-    fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         let s = self.shape;
         let (batch, heads, kv_heads, d, mem_len) = (self.spans.len(), s.heads(), s.kv_heads(), s.head_dim(), s.mem_len());
         let (mut rows, mut blocks, mut keys, mut mem_rows) = (0, 0, 0, 0);
@@ -171,26 +190,32 @@ impl<'a> Attend<'a> {
         self.sink.map_or(Ok(()), |sink| check_len("sink", sink.len(), heads))
     }
 
-    fn scale(&self) -> f64 {
+    pub(crate) fn scale(&self) -> f64 {
         self.shape.scale().into()
     }
 
-    fn sink(&self, h: usize) -> Option<f64> {
+    pub(crate) fn sink(&self, h: usize) -> Option<f64> {
         self.sink.map(|sink| sink[h])
     }
 
-    /// What query head `h` of stream `n` sees in the call's `block`: its memory keys, and the keys at `visible` positions.
-    fn keys(&self, n: usize, block: usize, visible: std::ops::Range<u64>, h: usize) -> Vec<Key<'a>> {
+    /// Places `[n, block, f, h]` of the memory keys that a row sees, and `[n, row, h]` of the tokens' keys.
+    pub(crate) fn key_places(&self, row: &Row) -> (impl Iterator<Item = [usize; 4]>, impl Iterator<Item = [usize; 3]>) {
+        let ([n, _, _, h], block) = (row.at, row.block);
         let h = h / self.shape.group();
         let Span { origin, mem_rows, .. } = self.spans[n];
-        let mut keys = Vec::with_capacity(mem_rows as usize + (visible.end - visible.start) as usize);
+        let memory = (0..mem_rows as usize).map(move |f| [n, block, f, h]);
+        (memory, row.visible.clone().map(move |position| [n, (position - origin) as usize, h]))
+    }
+
+    /// The keys that a row sees: its memory's, then the tokens'.
+    pub(crate) fn keys(&self, row: &Row) -> Vec<Key<'a>> {
+        let (memory, tokens) = self.key_places(row);
+        let (most, _) = tokens.size_hint();
+        let mut keys = Vec::with_capacity(self.shape.mem_len() + most);
         if let (Some(mem_k), Some(mem_v)) = (self.mem_k, self.mem_v) {
-            keys.extend((0..mem_rows as usize).map(|f| (mem_k.row(&[n, block, f, h]), mem_v.row(&[n, block, f, h]))));
+            keys.extend(memory.map(|at| (mem_k.row(&at), mem_v.row(&at))));
         }
-        for position in visible {
-            let row = (position - origin) as usize;
-            keys.push((self.k.row(&[n, row, h]), self.v.row(&[n, row, h])));
-        }
+        keys.extend(tokens.map(|at| (self.k.row(&at), self.v.row(&at))));
         keys
     }
 }

@@ -1,6 +1,7 @@
 //! What a transformer layer has beside its attention: linear maps, RMSNorm, the gated activation, rotary positions, random weights.
 
 use crate::Array;
+use crate::attend_backward::{add as accumulate, dot};
 use fam_core::Result;
 
 /// Keeps [`rms_norm`] of an all-zero row at zero.
@@ -58,12 +59,17 @@ pub(crate) fn gated(gate: Array<2>, mut up: Array<2>) -> Array<2> {
 /// Rotates the vectors of `[T, H, D]` to positions `first_position`, `first_position + 1`, …: channels i and i + D/2 are a pair
 /// (half-split) and turn by position · 10000^(−2i/D). Of an odd D the last channel stays.
 pub(crate) fn rotate(x: &mut Array<3>, first_position: i64) {
+    turn(x, first_position, 1.0);
+}
+
+/// [`rotate`] for angles times `direction`.
+fn turn(x: &mut Array<3>, first_position: i64, direction: f64) {
     let [tokens, heads, d] = x.shape;
     let half = d / 2;
     for t in 0..tokens {
         let position = first_position.saturating_add(t as i64) as f64;
         for i in 0..half {
-            let (sin, cos) = (position * ROPE_THETA.powf(-2.0 * i as f64 / d as f64)).sin_cos();
+            let (sin, cos) = (direction * position * ROPE_THETA.powf(-2.0 * i as f64 / d as f64)).sin_cos();
             for h in 0..heads {
                 let row = x.row_mut(&[t, h]);
                 let (a, b) = (row[i], row[i + half]);
@@ -71,6 +77,51 @@ pub(crate) fn rotate(x: &mut Array<3>, first_position: i64) {
             }
         }
     }
+}
+
+/// Gradients of [`linear`]: of x, d_y wᵀ, and of w, xᵀ d_y.
+pub(crate) fn linear_backward(x: &Array<2>, w: &Array<2>, d_y: &Array<2>) -> (Array<2>, Array<2>) {
+    let (mut d_x, mut d_w) = (Array::zeros(x.shape), Array::zeros(w.shape));
+    for t in 0..x.shape[0] {
+        for i in 0..x.shape[1] {
+            d_x[[t, i]] = dot(d_y.row(&[t]), w.row(&[i]));
+            accumulate(d_w.row_mut(&[i]), x[[t, i]], d_y.row(&[t]));
+        }
+    }
+    (d_x, d_w)
+}
+
+/// Gradients of [`rms_norm`]: y = gain·x / r with r² = mean(x²) + ε, so d_x = gain·d_y / r − x·mean(gain·d_y·x) / r³; and of the gain.
+pub(crate) fn rms_norm_backward(x: &Array<2>, gain: &Array<1>, d_y: &Array<2>) -> (Array<2>, Array<1>) {
+    let (mut d_x, mut d_gain) = (Array::zeros(x.shape), Array::zeros(gain.shape));
+    for t in 0..x.shape[0] {
+        let (row, d_y) = (x.row(&[t]), d_y.row(&[t]));
+        let mean = |sum: f64| sum / row.len() as f64;
+        let rms = (mean(dot(row, row)) + RMS_EPSILON).sqrt();
+        let d_normed: Vec<f64> = d_y.iter().zip(&gain.data).map(|(d_y, gain)| d_y * gain).collect();
+        let along = mean(dot(&d_normed, row)) / rms.powi(3);
+        for (c, d_x) in d_x.row_mut(&[t]).iter_mut().enumerate() {
+            *d_x = d_normed[c] / rms - row[c] * along;
+            d_gain.data[c] += d_y[c] * row[c] / rms;
+        }
+    }
+    (d_x, d_gain)
+}
+
+/// Gradients of [`gated`]: silu'(x) = s·(1 + x·(1 − s)) with s = sigmoid(x).
+pub(crate) fn gated_backward(gate: &Array<2>, up: &Array<2>, d_y: &Array<2>) -> (Array<2>, Array<2>) {
+    let (mut d_gate, mut d_up) = (d_y.clone(), d_y.clone());
+    for (i, &x) in gate.data.iter().enumerate() {
+        let s = 1.0 / (1.0 + (-x).exp());
+        d_gate.data[i] *= up.data[i] * s * (1.0 + x * (1.0 - s));
+        d_up.data[i] *= x * s;
+    }
+    (d_gate, d_up)
+}
+
+/// The gradient of [`rotate`]: back again.
+pub(crate) fn rotate_backward(d_x: &mut Array<3>, first_position: i64) {
+    turn(d_x, first_position, -1.0);
 }
 
 /// Random numbers from a seed, the same on every machine: SplitMix64, made uniform by integer arithmetic alone.

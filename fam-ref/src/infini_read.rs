@@ -49,8 +49,7 @@ pub fn infini_retrieve(q: &[f64], m: &[f64], z: &[f64]) -> Result<Retrieved> {
     }
 
     // 1. s = σ(q), up to a constant factor.
-    let shift = if q.iter().all(|&x| x <= 0.0) { q.iter().copied().fold(f64::NEG_INFINITY, f64::max) } else { 0.0 };
-    let s: Vec<f64> = q.iter().map(|x| sigma(x - shift)).collect();
+    let s = feature(q);
 
     // 2. The denominator s·z, then s m.
     let den: f64 = s.iter().zip(z).map(|(s, z)| s * z).sum();
@@ -62,4 +61,10 @@ pub fn infini_retrieve(q: &[f64], m: &[f64], z: &[f64]) -> Result<Retrieved> {
     }
     a.iter_mut().chain(&mut magnitude).for_each(|x| *x /= den);
     Ok(Retrieved { a, magnitude })
+}
+
+/// σ(q), up to a constant factor: where all of q is ≤ 0 the largest element is 1.
+pub(crate) fn feature(q: &[f64]) -> Vec<f64> {
+    let shift = if q.iter().all(|&x| x <= 0.0) { q.iter().copied().fold(f64::NEG_INFINITY, f64::max) } else { 0.0 };
+    q.iter().map(|x| sigma(x - shift)).collect()
 }

@@ -5,7 +5,7 @@
 //!   delta     m' = m + sigma(k)^T (v - sigma(k) m / (sigma(k).z))         z' likewise
 //! ```
 
-use crate::array::{check, check_len};
+use crate::array::{self, check_len};
 use crate::{Retrieved, infini_retrieve, sigma};
 use fam_core::{InfiniRule, Result};
 
@@ -32,11 +32,8 @@ pub struct Written {
 /// # Errors
 /// Where sizes do not fit each other.
 pub fn infini_write(rule: InfiniRule, k: &[&[f64]], v: &[&[f64]], m: &[f64], z: &[f64]) -> Result<Written> {
+    check(k, v, m, z)?;
     let d = z.len();
-    check_len("m", m.len(), d * d)?;
-    check("v", format_args!("{} rows", v.len()), v.len() == k.len(), format_args!("{} rows, as many as k", k.len()))?;
-    k.iter().try_for_each(|k| check_len("k", k.len(), d))?;
-    v.iter().try_for_each(|v| check_len("v", v.len(), d))?;
     let delta = rule == InfiniRule::Delta;
     let zero = || vec![0.0; d * d];
     let mut new = Written { m: m.to_vec(), z: z.to_vec(), s_sum: vec![0.0; d], s_v: zero(), s_read: zero(), s_diff: zero() };
@@ -62,4 +59,13 @@ pub fn infini_write(rule: InfiniRule, k: &[&[f64]], v: &[&[f64]], m: &[f64], z: 
         }
     }
     Ok(new)
+}
+
+/// Checks sizes against each other.
+pub(crate) fn check(k: &[&[f64]], v: &[&[f64]], m: &[f64], z: &[f64]) -> Result<()> {
+    let d = z.len();
+    check_len("m", m.len(), d * d)?;
+    array::check("v", format_args!("{} rows", v.len()), v.len() == k.len(), format_args!("{} rows, as many as k", k.len()))?;
+    k.iter().try_for_each(|k| check_len("k", k.len(), d))?;
+    v.iter().try_for_each(|v| check_len("v", v.len(), d))
 }

@@ -22,9 +22,12 @@
 //! [`Layer::finish`], [`Layer::finish_memory`] → [`Layer::feed_back`] → the next block's [`Layer::project_memory`].
 
 use crate::array::check;
+mod backward;
+
 pub use crate::dense::Random;
 use crate::dense::{add, gated, linear, rms_norm, rotate};
 use crate::{Array, Attend, Rows, attend};
+pub use backward::{LayerGradients, StackGradients};
 use fam_core::{Result, Shape, Span};
 
 /// Sizes of a [`Stack`].

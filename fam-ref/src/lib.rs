@@ -43,14 +43,22 @@
 
 mod array;
 mod attend;
+mod attend_backward;
 mod dense;
+mod infini_backward;
 mod infini_read;
 mod infini_write;
 pub mod layer;
 mod merge;
+mod merge_backward;
 
 pub use array::Array;
 pub use attend::{Attend, Attended, Rows, attend};
+pub use attend_backward::{AttendGradients, AttendUpstream, attend_backward};
+pub use infini_backward::{
+    GateGradients, RetrieveGradients, WriteGradients, gate_backward, infini_retrieve_backward, infini_write_backward,
+};
 pub use infini_read::{Retrieved, gate, infini_retrieve, sigma};
 pub use infini_write::{Written, infini_write};
 pub use merge::merge;
+pub use merge_backward::{PartGradients, merge_backward};

@@ -9,6 +9,7 @@ pub fn shape(block_len: usize, window: Window, mem_len: usize) -> Shape {
     Shape::builder().heads(4).kv_heads(2).head_dim(6).block_len(block_len).window(window).mem_len(mem_len).build().unwrap()
 }
 
+#[derive(Clone)]
 /// Random inputs of streams that begin at position 0, with one set of memory rows for each block.
 pub struct Inputs {
     pub shape: Shape,

@@ -2,6 +2,7 @@
 
 mod attend;
 mod common;
+mod gradients;
 mod infini;
 mod layer;
 mod real_activations;
