@@ -1,4 +1,5 @@
-//! `attend` and `append` against a naive f64 attention, and against themselves: the same stream cut and run in other ways has the same bits.
+//! `attend` and `append` against themselves: the same stream cut and run in other ways has the same bits. That they are right is the
+//! conformance suite's to show.
 
 mod common;
 
@@ -30,19 +31,6 @@ fn cases<T: Element>() -> impl Iterator<Item = Stream<T>> {
     CASES
         .into_iter()
         .map(|(heads, d, b, window, f, len, origin)| Stream::new(shape(heads, d, b, window, f, T::DTYPE), len, origin))
-}
-
-fn prefill_is_right<T: Element>() {
-    for mut stream in cases::<T>() {
-        stream.check(&stream.prefill(&Cpu::new().unwrap(), &mut Par::Serial));
-        stream.sink = Some(common::random(9, stream.shape.heads()));
-        stream.check(&stream.prefill(&Cpu::new().unwrap(), &mut Par::Serial));
-    }
-}
-
-#[test]
-fn prefill_is_within_the_bound() {
-    each_dtype!(prefill_is_right);
 }
 
 fn steps_are_prefill<T: Element>() {

@@ -1,4 +1,4 @@
-//! A stream of tokens, run through the ops in several ways, and a naive f64 attention beside.
+//! A stream of tokens, run through the ops in several ways.
 #![allow(dead_code)]
 
 use fam_core::{
@@ -173,68 +173,6 @@ impl<T: Element> Stream<T> {
             cpu.attend(&plan, par, args, &mut scratch).unwrap();
         }
         out
-    }
-
-    /// The contract in f64, straight from its table. Also the error bound of each element of `o` and `mem_o`, in units of 2⁻²⁴.
-    pub fn naive(&self) -> (Outputs, Outputs) {
-        let s = &self.shape;
-        let (h, d, f, b) = (s.heads(), s.head_dim(), s.mem_len(), s.block_len() as u64);
-        let wide = |x: &[T]| x.iter().map(|x| f64::from(x.to_f32())).collect::<Vec<f64>>();
-        let (k, v, mk, mv) = (wide(&self.k), wide(&self.v), wide(&self.mem_k), wide(&self.mem_v));
-        let mut out = [vec![], vec![], vec![], vec![]];
-        let mut bound = out.clone();
-        let (start, end) = (self.origin, self.origin + self.len as u64);
-        let mut attend = |q: &[f64], head: usize, keys: std::ops::Range<u64>, i: usize, group: usize| {
-            let kv = head / s.group();
-            let at = |row: usize| (row * s.kv_heads() + kv) * d..(row * s.kv_heads() + kv + 1) * d;
-            let tokens = keys.map(|j| at((j - start) as usize)).map(|r| (&k[r.clone()], &v[r]));
-            let memory = (0..f).map(|m| at(i * f + m)).map(|r| (&mk[r.clone()], &mv[r]));
-            let keys: Vec<_> = tokens.chain(memory).collect();
-            let dot =
-                |k: &[f64], f: &dyn Fn(f64) -> f64| q.iter().zip(k).map(|(q, k)| f(q * k)).sum::<f64>() * f64::from(s.scale());
-            let logits: Vec<f64> = keys.iter().map(|(k, _)| dot(k, &|x| x)).collect();
-            let large = keys.iter().map(|(k, _)| dot(k, &f64::abs)).fold(0.0, f64::max);
-            let sink = self.sink.as_ref().map_or(f64::NEG_INFINITY, |s| f64::from(s[head]));
-            let max = logits.iter().copied().fold(sink, f64::max);
-            let sum: f64 = logits.iter().chain([&sink]).map(|s| (s - max).exp()).sum();
-            let p: Vec<f64> = logits.iter().map(|s| (s - max).exp() / sum).collect();
-            let factor = 2.0 * large * ((d as f64).sqrt() + 4.0) + 4.0 * (keys.len() as f64).sqrt() + 12.0;
-            for c in 0..d {
-                let weigh = |f: &dyn Fn(f64) -> f64| p.iter().zip(&keys).map(|(p, (_, v))| p * f(v[c])).sum::<f64>();
-                out[group].push(weigh(&|v| v) as f32);
-                bound[group].push((weigh(&f64::abs) * factor + weigh(&|v| v).abs()) as f32);
-            }
-            out[group + 1].push((max + sum.ln()) as f32);
-            bound[group + 1]
-                .push((((max + sum.ln()).abs() * 2.0) + 2.0 * large * (d as f64 + 4.0) + keys.len() as f64 + 8.0) as f32);
-        };
-        let (q, mq) = (wide(&self.q), wide(&self.mem_q));
-        for (row, q) in q.chunks(d).enumerate() {
-            let position = start + (row / h) as u64;
-            let first = match s.window() {
-                Window::Blocks(m) => (position / b).saturating_sub(m as u64) * b,
-                Window::Tokens(w) => (position + 1).saturating_sub(w as u64),
-                _ => unreachable!(),
-            };
-            attend(q, row % h, first.max(start)..position + 1, (position / b - start / b) as usize, 0);
-        }
-        for (row, q) in mq.chunks(d).enumerate() {
-            let (i, head) = (row / (f * h), row % h);
-            let block = (start / b + i as u64) * b;
-            attend(q, head, block.max(start)..(block + b).min(end), i, 2);
-        }
-        let make = |[o, lse, mem_o, mem_lse]: [Vec<f32>; 4]| Outputs { o, lse, mem_o, mem_lse };
-        (make(out), make(bound))
-    }
-
-    /// Asserts that `got` is within the error bound of the naive attention.
-    pub fn check(&self, got: &Outputs) {
-        let (want, bound) = self.naive();
-        let parts = |x: &Outputs| [x.o.clone(), x.lse.clone(), x.mem_o.clone(), x.mem_lse.clone()].concat();
-        for (i, ((got, want), bound)) in parts(got).iter().zip(parts(&want)).zip(parts(&bound)).enumerate() {
-            let error = f64::from((got - want).abs());
-            assert!(error <= f64::from(bound) / (1u64 << 24) as f64, "{:?} element {i}: {got} for {want}", self.shape);
-        }
     }
 }
 
