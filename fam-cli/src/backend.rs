@@ -3,7 +3,7 @@
 use crate::Failure;
 use fam::cpu::{Cpu, Par, Pool};
 use fam::{BackendName, Result, Selected};
-use fam_testkit::{Harness, Queue};
+use fam_testkit::{Harness, Limits, Queue};
 
 /// What to run on, on every command that runs something.
 #[derive(clap::Args, Clone)]
@@ -54,5 +54,9 @@ impl Harness for CpuHarness {
 
     fn run(&self, work: &mut dyn FnMut(&mut Queue<'_, Self>) -> Result<()>) -> Result<()> {
         work(&mut Par::Pool(&self.pool))
+    }
+
+    fn limits(&self) -> Limits {
+        Limits::default().key_tile(fam::cpu::BLOCK_N)
     }
 }

@@ -10,10 +10,9 @@ use crate::backend::{self, Job};
 use crate::report::Report;
 use crate::{Failure, Outcome};
 use case::{CASES, PerfCase, Work};
-use check::Verdict;
 use driver::Driver;
 use fam::{Backend, Dtype};
-use fam_testkit::Harness;
+use fam_testkit::{Harness, Tally};
 use indicatif::ProgressBar;
 use roof::{Probe, Rates};
 use serde_json::json;
@@ -165,7 +164,7 @@ where
 fn say<H: Harness>(
     driver: &Driver<'_, H>,
     threads: usize,
-    verdict: &Verdict,
+    verdict: &Tally,
     rounds: Option<Vec<Round>>,
     report: &Report,
     bar: &ProgressBar,
@@ -207,7 +206,7 @@ where
     report.record(
         "perf",
         json!({ "case": case.name, "what": case.what, "dtype": dtype.name(), "threads": threads, "kernel": driver.kernel(),
-                "compared": verdict.compared, "worst": verdict.worst, "calls": case.calls, "flops": work.flops, "exps": work.exps,
+                "compared": verdict.compared, "worst": verdict.worst_ratio(), "calls": case.calls, "flops": work.flops, "exps": work.exps,
                 "bytes": work.bytes, "samples": samples, "median": median, "share": share }),
     )
 }

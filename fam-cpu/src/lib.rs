@@ -48,6 +48,7 @@ pub use isa::Isa;
 pub use memory::Bytes;
 pub use parallel::pool::Pool;
 pub use parallel::{Executor, Par};
+pub use tile::BLOCK_N;
 
 use fam_core::{Append, Attend, Backend, Dtype, Error, InfiniRead, InfiniWrite, KernelId, Merge, Plan, Result, Spec, Support};
 use tile::Tile;

@@ -8,7 +8,7 @@ use fam_core::{Op, Shape, Spec};
 /// At D = 64 a tile of keys and one of values are 16 KiB each and stay in L1 while all rows of a row tile pass over them; at D = 256 they
 /// stay in L2. 32 rescales twice as often, 128 leaves L1 at D = 64; a tile's chain of sums is as long as the tile, and its rounding
 /// errors with it.
-pub(crate) const BLOCK_N: usize = 64;
+pub const BLOCK_N: usize = 64;
 
 /// Rows (tokens times query heads of a group) that share packed keys. At 64 packing a key costs 1/256 of a row tile's arithmetic on it
 /// and rows and sums (at D = 64 16 KiB each) stay in L2; 32 packs twice as often, 128 leaves too few tasks for many threads at B = 256.

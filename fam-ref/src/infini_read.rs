@@ -3,7 +3,7 @@
 //! ```text
 //!   sigma(x) = x + 1 for x > 0, else exp(x)               elementwise: ELU(x) + 1
 //!   a        = sigma(q) m / (sigma(q).z)                  0 where z is all 0
-//!   o        = g a + (1 - g) o_local,   g = sigmoid(beta)
+//!   o        = g a + (1 - g) o_local,   g = sigmoid(beta), 1 - g = sigmoid(-beta)
 //! ```
 //!
 //! m is `[D, D]` (row: key channel, column: value channel), z is `[D]`, both 0 at the start. Rows of a segment read what earlier
@@ -17,7 +17,8 @@ pub fn sigma(x: f64) -> f64 {
     if x > 0.0 { x + 1.0 } else { x.exp() }
 }
 
-/// g = sigmoid(β), the share of the memory branch in the output (Eq. 10).
+/// g = sigmoid(β), the share of the memory branch in the output (Eq. 10). The other share, 1 − g, is `gate(-beta)`: the difference would
+/// cancel where g is close to 1.
 pub fn gate(beta: f64) -> f64 {
     1.0 / (1.0 + (-beta).exp())
 }

@@ -24,6 +24,8 @@ pub struct Written {
     pub s_read: Vec<f64>,
     /// Delta: Σ_t s_ti |v_tj − a_tj|, `[D, D]`; else 0.
     pub s_diff: Vec<f64>,
+    /// Σ_t |v_tj − a_tj|, `[D]`; a is 0 with the linear rule.
+    pub diff: Vec<f64>,
 }
 
 /// Writes one whole segment (Eq. 8 and 9): `k` and `v` are its rows of D elements, keys without rotary positions. The delta rule
@@ -36,11 +38,23 @@ pub fn infini_write(rule: InfiniRule, k: &[&[f64]], v: &[&[f64]], m: &[f64], z: 
     let d = z.len();
     let delta = rule == InfiniRule::Delta;
     let zero = || vec![0.0; d * d];
-    let mut new = Written { m: m.to_vec(), z: z.to_vec(), s_sum: vec![0.0; d], s_v: zero(), s_read: zero(), s_diff: zero() };
+    let mut new = Written {
+        m: m.to_vec(),
+        z: z.to_vec(),
+        s_sum: vec![0.0; d],
+        s_v: zero(),
+        s_read: zero(),
+        s_diff: zero(),
+        diff: vec![0.0; d],
+    };
 
     for (k, v) in k.iter().zip(v) {
         // 1. What the old memory already holds for this key.
         let stored = if delta { infini_retrieve(k, m, z)? } else { Retrieved { a: vec![0.0; d], magnitude: vec![0.0; d] } };
+
+        for j in 0..d {
+            new.diff[j] += (v[j] - stored.a[j]).abs();
+        }
 
         // 2. The outer product of σ(k) with what is missing.
         for (i, &k) in k.iter().enumerate() {

@@ -1,13 +1,13 @@
 //! Cases of `attend`: one joint softmax over window, memory and the current block, with the fused read of the compressive memory.
 
 use crate::case::Case;
-use crate::check::{Checker, RowCheck};
+use crate::check::Checker;
 use crate::data::{Data, Role};
 use crate::distribution::Distribution;
-use crate::finite::Finite;
 use crate::harness::Harness;
 use crate::launch::{Loaded, LoadedKeys, LoadedSpans, Stop, plan};
-use crate::tolerance::{Condition, Level, Limits, infini_read, tiles};
+use crate::rows::{Inputs, Problem, Read, near};
+use crate::tolerance::{Level, Limits, NanReach, infini_read};
 use fam_core::{Attend, Backend, InfiniState, Plan, Result, Rows, Span};
 use fam_ref::Array;
 use std::borrow::BorrowMut;
@@ -99,127 +99,44 @@ fn with_lse<'a, H: Harness + ?Sized>(
     }
 }
 
-/// The reference's answer to a case.
-pub(crate) fn reference(case: &Case, data: &Data) -> Result<fam_ref::Attended> {
+/// The case as a problem, with the reference's answer.
+pub(crate) fn problem(case: &Case, data: &Data) -> Result<Problem> {
     // Keys before the first visible one are not stored: to the reference they do not exist.
-    let spans: Vec<Span> = case.spans.iter().map(|s| Span { origin: case.first_key(s), ..*s }).collect();
-    let (q, k, v) = (data.tokens(Role::Q), data.tokens(Role::K), data.tokens(Role::V));
-    fam_ref::attend(&fam_ref::Attend {
-        shape: &case.shape,
-        spans: &spans,
-        q: case.rows.then_some(&q),
-        mem_q: case.mem_rows.then(|| data.get(Role::MemQ)),
-        k: &k,
-        v: &v,
-        mem_k: Some(data.get(Role::MemK)),
-        mem_v: Some(data.get(Role::MemV)),
-        sink: case.sink.then(|| data.get(Role::Sink).data.as_slice()),
+    let spans = case.spans.iter().map(|s| Span { origin: case.first_key(s), ..*s });
+    Problem::new(Inputs {
+        shape: case.shape,
+        spans: spans.collect(),
+        q: case.rows.then(|| data.tokens(Role::Q)),
+        mem_q: case.mem_rows.then(|| data.get(Role::MemQ).clone()),
+        k: data.tokens(Role::K),
+        v: data.tokens(Role::V),
+        mem: Some([Role::MemK, Role::MemV].map(|role| data.get(role).clone())),
+        sink: case.sink.then(|| data.get(Role::Sink).data.clone()),
     })
 }
 
 /// Holds a kernel's outputs against the reference.
 pub(crate) fn check<'a>(case: &Case, data: &Data, outputs: &Outputs, level: Level, limits: &'a Limits) -> Result<Checker<'a>> {
     let mut checker = Checker::new(level, case.shape.dtype(), case.out_dtype, limits);
-    let expected = reference(case, data)?;
-    if let (Some(got), Some(rows)) = (&outputs.rows, &expected.rows) {
-        let read = case.fused.then(|| Reads::new(case, data));
-        check_group(case, data, &mut checker, Role::O, got, rows, read.as_ref())?;
-    }
-    if let (Some(got), Some(rows)) = (&outputs.mem_rows, &expected.mem_rows) {
-        check_group(case, data, &mut checker, Role::MemO, got, rows, None)?;
-    }
-    Ok(checker)
-}
-
-fn check_group(
-    case: &Case,
-    data: &Data,
-    checker: &mut Checker<'_>,
-    role: Role,
-    got: &Group,
-    expected: &fam_ref::Rows,
-    read: Option<&Reads<'_>>,
-) -> Result<()> {
-    let shape = &case.shape;
-    let (b, d) = (shape.block_len(), shape.head_dim());
-    let is_memory = role == Role::MemO;
-    let [tensor, lse_tensor] = if is_memory { ["mem_o", "mem_lse"] } else { ["o", "lse"] };
-    let visible = Visible::new(case, data);
-    let q = data.get(if is_memory { Role::MemQ } else { Role::Q });
-    let key_tile = checker.limits.key_tile;
-    for place in case.places(role) {
-        let [n, i, r] = place.value;
-        let span = &case.spans[n];
-        let keys = if is_memory {
-            span.block_keys(i, b)
-        } else {
-            let position = span.start + r as u64;
-            span.window_first(position, shape)..position + 1
-        };
-        let tiles = tiles(keys, b, span.mem_rows as usize, key_tile);
-        for h in 0..shape.heads() {
-            let at = [n, i, r, h];
-            // −inf is no sink.
-            let sink = case.sink.then(|| data.get(Role::Sink).data[h]).filter(|sink| *sink > f64::NEG_INFINITY);
-            let seen = visible.of(n, h / shape.group());
-            let v_max = expected.v_max[at];
-            let s = expected.s[at];
-            let s = if case.distribution.has_exact_logits() {
-                40.0
-            } else {
-                seen.filter(|_| !s.is_finite()).map_or(s, |seen| seen.s(q.row(&at), case.scale()))
-            };
-            let (o, a) = (expected.o.row(&at), expected.a.row(&at));
-            let lse = expected.lse[at];
-            let is_hidden = expected.s[at].is_infinite() && a.iter().all(|a| *a == 0.0);
-            let condition = Condition {
-                o: 0.0,
-                a: 0.0,
-                s,
-                sink: sink.unwrap_or(0.0).abs(),
-                n: expected.n[at],
-                tiles,
-                d: d as f64,
-                v_max: seen.filter(|_| !v_max.is_finite()).map_or(v_max, |seen| seen.v_max),
-            };
-            let row = RowCheck {
-                tensor,
-                lse_tensor,
-                index: at,
-                got: got.o.row(&at),
-                o,
-                a,
-                lse: got.lse.as_ref().map(|got| (got[[n, i, r, h, 0]], lse)),
-                condition,
-                is_empty: lse == f64::NEG_INFINITY || (is_hidden && sink == Some(lse)),
-                is_copy: expected.n[at] == 1.0 && sink.is_none() && lse.is_finite(),
-                sees_poisoned_tile: seen.is_some_and(|seen| seen.has_others),
-                counts_for_bias: !matches!(case.distribution, Distribution::NonFinite | Distribution::Denormals),
-            };
-            match read {
-                None => checker.row(&row),
-                Some(read) => check_gated(checker, &row, read, (span.start + r as u64) / b as u64 - span.start / b as u64)?,
+    let problem = problem(case, data)?;
+    let reads = case.fused.then(|| Reads::new(case, data));
+    let counts_for_bias = !matches!(case.distribution, Distribution::NonFinite | Distribution::Denormals);
+    for (is_memory, got) in [(false, &outputs.rows), (true, &outputs.mem_rows)] {
+        let (Some(got), Some(rows)) = (got, problem.rows(is_memory)) else { continue };
+        let [tensor, lse_tensor] = if is_memory { ["mem_o", "mem_lse"] } else { ["o", "lse"] };
+        for at in problem.indices(is_memory) {
+            let row = problem.row(is_memory, rows, at, limits);
+            let read = reads.as_ref().filter(|_| !is_memory).map(|reads| reads.row(at, limits)).transpose()?;
+            checker.row(tensor, &row, read.as_ref(), got.o.row(&at), None);
+            if counts_for_bias && read.is_none() {
+                checker.rounding(&row, got.o.row(&at));
+            }
+            if let Some(lse) = &got.lse {
+                checker.lse(lse_tensor, &row, lse.row(&at)[0], None);
             }
         }
     }
-    Ok(())
-}
-
-/// A row whose local attention is gated with what the compressive memory holds.
-fn check_gated(checker: &mut Checker<'_>, row: &RowCheck<'_>, read: &Reads<'_>, block: u64) -> Result<()> {
-    let [n, i, r, h] = row.index;
-    let g = fam_ref::gate(read.beta[h]);
-    let retrieved = read.row([n, block as usize, r, h])?;
-    for (c, &got) in row.got.iter().enumerate() {
-        let at = crate::check::Element { tensor: row.tensor, index: [n, i, r, h, c] };
-        let (a, local) = (retrieved.a[c], row.o[c]);
-        let a_error = infini_read(row.got.len(), retrieved.magnitude[c], a);
-        let local_error = checker.bound.o_f32(&Condition { o: local, a: row.a[c], ..row.condition });
-        let bound = checker.bound.gated(g, [a, a_error], [local, local_error]);
-        checker.element(at, got, g * a + (1.0 - g) * local, bound);
-    }
-    checker.lse(row);
-    Ok(())
+    Ok(checker)
 }
 
 /// Reads of the compressive memory by the reference.
@@ -229,7 +146,7 @@ pub(crate) struct Reads<'a> {
     z: &'a Array<5>,
     /// `m` of `[n, i, kv head]` as one matrix.
     m: Vec<Vec<f64>>,
-    pub beta: &'a [f64],
+    beta: &'a [f64],
 }
 
 impl<'a> Reads<'a> {
@@ -247,36 +164,24 @@ impl<'a> Reads<'a> {
         Reads { case, q: data.get(Role::InfiniQ), z: data.get(Role::Z), m: matrices, beta: &data.get(Role::Beta).data }
     }
 
-    /// σ(q)·m / σ(q)·z for the block row `r` of the call's block `i`.
-    pub fn row(&self, [n, i, r, h]: [usize; 4]) -> Result<fam_ref::Retrieved> {
+    /// What the block row `[n, _, r, h]` reads.
+    pub fn row(&self, [n, _, r, h]: [usize; 4], limits: &Limits) -> Result<Read> {
+        let (shape, span) = (&self.case.shape, &self.case.spans[n]);
         let [_, blocks, _, kv_heads, _] = self.z.shape;
-        let kv = h / self.case.shape.group();
-        let m = &self.m[(n * blocks + i) * kv_heads + kv];
-        fam_ref::infini_retrieve(self.q.row(&[n, 0, r, h]), m, self.z.row(&[n, i, 0, kv]))
-    }
-}
-
-/// What is finite among the keys and values that each stream and kv head sees, in cases where not all are.
-struct Visible(Vec<Vec<Finite>>);
-
-impl Visible {
-    fn new(case: &Case, data: &Data) -> Self {
-        if case.distribution != Distribution::NonFinite {
-            return Visible(Vec::new());
-        }
-        let mut seen = vec![vec![Finite::new(case.shape.head_dim()); case.shape.kv_heads()]; case.batch()];
-        for role in [Role::K, Role::V, Role::MemK, Role::MemV] {
-            let take = if matches!(role, Role::K | Role::MemK) { Finite::key } else { Finite::value };
-            let values = data.get(role);
-            for place in case.places(role) {
-                let [n, i, r] = place.value;
-                seen[n].iter_mut().enumerate().for_each(|(h, seen)| take(seen, values.row(&[n, i, r, h])));
-            }
-        }
-        Visible(seen)
-    }
-
-    fn of(&self, n: usize, kv_head: usize) -> Option<&Finite> {
-        self.0.get(n).map(|heads| &heads[kv_head])
+        let kv = h / shape.group();
+        let block = |position| (shape.block(position) - shape.block(span.start)) as usize;
+        let m = |i: usize| &self.m[(n * blocks + i) * kv_heads + kv];
+        let z = |i: usize| self.z.row(&[n, i, 0, kv]);
+        let i = block(span.start + r as u64);
+        let fam_ref::Retrieved { a, magnitude } = fam_ref::infini_retrieve(self.q.row(&[n, 0, r, h]), m(i), z(i))?;
+        let rows = near(span, r);
+        let loads_others = || {
+            let mut states = block(rows.start)..block(rows.end - 1) + 1;
+            states.any(|i| m(i).iter().chain(z(i)).any(|x| !x.is_finite()))
+        };
+        let may_be_nan = limits.nan != NanReach::Rows && loads_others();
+        let error = a.iter().zip(&magnitude).map(|(a, magnitude)| infini_read(shape.head_dim(), *magnitude, *a)).collect();
+        let beta = self.beta[h];
+        Ok(Read { shares: [fam_ref::gate(beta), fam_ref::gate(-beta)], a, error, magnitude, may_be_nan })
     }
 }

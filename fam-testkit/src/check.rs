@@ -1,6 +1,7 @@
 //! Holding what a kernel returned against the reference, element by element.
 
-use crate::tolerance::{Bound, Condition, Level, Limits, NanReach, tiny};
+use crate::rows::{Class, Read, Row};
+use crate::tolerance::{Bound, Level, Limits, NanReach, Tolerance, tiny};
 use fam_core::{Dtype, Shape, Span};
 use std::fmt;
 
@@ -97,12 +98,114 @@ impl Bias {
     }
 }
 
+/// What one element is held to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Rule {
+    /// +0, to the bit.
+    Zero,
+    /// This very number, the sign of zero aside; NaN for NaN.
+    Same,
+    /// So far from the reference, class first.
+    Near(Tolerance),
+    /// NaN or an infinity.
+    NotFinite,
+    /// Nothing: the contract leaves it open.
+    Any,
+}
+
+/// Elements compared so far: the one place where a number of a kernel is held against one of the reference.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Tally {
+    /// Elements that could have been wrong, and were compared.
+    pub compared: u64,
+    /// Elements not judged: left open by the contract, or with a bound as large as anything that a faulty kernel would make of their terms.
+    pub vacuous: u64,
+    /// The largest share of its bound that an error took; `None` where nothing had a bound.
+    pub worst: Option<Worst>,
+    /// The first wrong element.
+    pub wrong: Option<Wrong>,
+}
+
+impl Tally {
+    /// One element against its bound, class (NaN, which infinity, finite) first.
+    pub fn near(&mut self, at: Element, got: f64, expected: f64, tolerance: Tolerance) {
+        let Tolerance { bound, magnitude } = tolerance;
+        let is_same_class = if expected.is_nan() {
+            got.is_nan()
+        } else if expected.is_infinite() {
+            got == expected
+        } else {
+            got.is_finite()
+        };
+        if !is_same_class {
+            return self.fail(Wrong { at, got, expected, bound: 0.0 });
+        }
+        if !expected.is_finite() {
+            self.compared += 1;
+            return;
+        }
+        // What is made of nothing is 0, and nothing else is.
+        let is_vacuous = magnitude > 0.0 && bound >= magnitude + expected.abs();
+        *(if is_vacuous { &mut self.vacuous } else { &mut self.compared }) += 1;
+        let error = (got - expected).abs();
+        let ratio = if error == 0.0 { 0.0 } else { error / bound };
+        if self.worst.is_none_or(|w| ratio > w.ratio) {
+            self.worst = Some(Worst { ratio, at });
+        }
+        // A bound that is NaN or infinite could not be broken.
+        if error > bound || !bound.is_finite() {
+            self.wrong.get_or_insert(Wrong { at, got, expected, bound });
+        }
+    }
+
+    /// One element that must be this very number, the sign of zero aside; NaN for NaN.
+    pub fn exactly(&mut self, at: Element, got: f64, expected: f64) {
+        if got != expected && !(got.is_nan() && expected.is_nan()) {
+            return self.fail(Wrong { at, got, expected, bound: 0.0 });
+        }
+        self.compared += 1;
+    }
+
+    /// Adds what was compared after this; the first wrong element stays the first.
+    pub fn add(&mut self, later: &Tally) {
+        self.compared += later.compared;
+        self.vacuous += later.vacuous;
+        self.worst = match (self.worst, later.worst) {
+            (Some(a), Some(b)) => Some(if b.ratio > a.ratio { b } else { a }),
+            (a, b) => a.or(b),
+        };
+        self.wrong = self.wrong.or(later.wrong);
+    }
+
+    /// The largest share of a bound; 0 where nothing had one.
+    pub fn worst_ratio(&self) -> f64 {
+        self.worst.map_or(0.0, |w| w.ratio)
+    }
+
+    /// An element of the wrong class, or the wrong bits.
+    fn fail(&mut self, wrong: Wrong) {
+        self.compared += 1;
+        self.wrong.get_or_insert(wrong);
+    }
+
+    /// One element by its rule.
+    pub(crate) fn element(&mut self, at: Element, got: f64, expected: f64, rule: Rule) {
+        match rule {
+            Rule::Zero if got.to_bits() != 0 => self.fail(Wrong { at, got, expected: 0.0, bound: 0.0 }),
+            Rule::NotFinite if got.is_finite() => self.fail(Wrong { at, got, expected, bound: 0.0 }),
+            Rule::Zero | Rule::NotFinite => self.compared += 1,
+            Rule::Same => self.exactly(at, got, expected),
+            Rule::Near(tolerance) => self.near(at, got, expected, tolerance),
+            Rule::Any => self.vacuous += 1,
+        }
+    }
+}
+
 /// The verdict on one result so far.
 #[derive(Clone, Debug)]
 pub(crate) struct Checker<'a> {
     pub bound: Bound<'a>,
-    pub worst: Option<Worst>,
-    pub wrong: Option<Wrong>,
+    pub tally: Tally,
     /// Elements whose rounding was looked at, and the sums of their errors: signed, and outward.
     rounding: (u64, [f64; 2]),
     pub limits: &'a Limits,
@@ -112,7 +215,7 @@ impl<'a> Checker<'a> {
     /// Checks outputs of `out_dtype` from inputs of `dtype`.
     pub fn new(level: Level, dtype: Dtype, out_dtype: Dtype, limits: &'a Limits) -> Self {
         let bound = Bound::new(level, dtype, out_dtype, limits);
-        Checker { bound, worst: None, wrong: None, rounding: (0, [0.0; 2]), limits }
+        Checker { bound, tally: Tally::default(), rounding: (0, [0.0; 2]), limits }
     }
 
     /// The bias of this case's outputs.
@@ -120,130 +223,85 @@ impl<'a> Checker<'a> {
         Bias::of_case(self.rounding.0, self.rounding.1)
     }
 
-    /// One element against its bound, class first. The first wrong one is kept.
-    pub fn element(&mut self, at: Element, got: f64, expected: f64, bound: f64) {
-        let is_same_class = if expected.is_nan() {
-            got.is_nan()
-        } else if expected.is_infinite() {
-            got == expected
-        } else {
-            got.is_finite()
-        };
-        if !is_same_class {
-            self.fail(Wrong { at, got, expected, bound: 0.0 });
-        } else if expected.is_finite() {
-            let error = (got - expected).abs();
-            let ratio = if error == 0.0 { 0.0 } else { error / bound };
-            if self.worst.is_none_or(|w| ratio > w.ratio) {
-                self.worst = Some(Worst { ratio, at });
-            }
-            // A bound that is NaN or infinite could not be broken.
-            if error > bound || !bound.is_finite() {
-                self.fail(Wrong { at, got, expected, bound });
-            }
-        }
+    /// One element by its rule, or by none where the kernel declares that NaN may spread to it.
+    pub fn element(&mut self, at: Element, got: f64, expected: f64, rule: Rule, may_be_nan: bool) {
+        let is_open = self.limits.nan == NanReach::Unspecified && !expected.is_finite();
+        let rule = if is_open || (may_be_nan && got.is_nan()) { Rule::Any } else { rule };
+        self.tally.element(at, got, expected, rule);
     }
 
-    /// One element that must be this very number, the sign of zero aside; NaN for NaN.
-    pub fn exactly(&mut self, at: Element, got: f64, expected: f64) {
-        if got != expected && !(got.is_nan() && expected.is_nan()) {
-            self.fail(Wrong { at, got, expected, bound: 0.0 });
-        }
-    }
-
-    pub fn fail(&mut self, wrong: Wrong) {
-        self.wrong.get_or_insert(wrong);
-    }
-
-    /// One row of attention with the conditioning `c` of each channel (its `o` and `a` are filled in here).
-    pub fn row(&mut self, row: &RowCheck<'_>) {
-        let RowCheck { tensor, index: [n, i, r, h], got, o, a, .. } = *row;
-        let is_spread = row.sees_poisoned_tile && got.iter().any(|g| g.is_nan());
-        if is_spread && self.limits.nan != NanReach::Rows {
-            return;
-        }
-        if self.limits.nan == NanReach::Unspecified && o.iter().any(|o| !o.is_finite()) {
-            return;
-        }
-        for (c, (&got, &expected)) in got.iter().zip(o).enumerate() {
+    /// A row of `o`, with what was read where the compressive memory is gated in. `stored`: an expected result in f32 beside the
+    /// reference's, which allows for half an ulp more.
+    pub fn row(&mut self, tensor: &'static str, row: &Row<'_>, read: Option<&Read>, got: &[f64], stored: Option<&[f64]>) {
+        let [n, i, r, h] = row.index;
+        let may_be_nan = row.may_be_nan || read.is_some_and(|read| read.may_be_nan);
+        for (c, &got) in got.iter().enumerate() {
             let at = Element { tensor, index: [n, i, r, h, c] };
-            if row.is_empty {
-                // +0, to the bit.
-                if got.to_bits() != 0 {
-                    self.fail(Wrong { at, got, expected: 0.0, bound: 0.0 });
-                }
-                continue;
+            let (expected, rule) = row.element(c, &self.bound, read);
+            self.element(at, got, expected, rule, may_be_nan);
+            if let Some(stored) = stored {
+                self.stored(at, got, stored[c], rule);
             }
-            if row.is_copy {
-                self.exactly(at, got, expected);
-                continue;
-            }
-            let condition = Condition { o: expected, a: a[c], ..row.condition };
-            self.element(at, got, expected, self.bound.o(&condition));
-            let unit = self.bound.out_dtype.unit_roundoff() * a[c];
-            // Where logits are moderate and nothing underflows, what is left is rounding.
-            let shows_rounding = row.counts_for_bias && row.condition.s <= 8.0 && unit > 64.0 * tiny(self.bound.out_dtype);
-            if shows_rounding && expected.is_finite() && got.is_finite() {
+        }
+    }
+
+    /// The log-sum-exp of a row; `stored` as in [`Checker::row`].
+    pub fn lse(&mut self, tensor: &'static str, row: &Row<'_>, got: f64, stored: Option<f64>) {
+        let [n, i, r, h] = row.index;
+        let at = Element { tensor, index: [n, i, r, h, 0] };
+        let (expected, rule) = row.lse(&self.bound);
+        self.element(at, got, expected, rule, row.may_be_nan);
+        if let Some(stored) = stored {
+            self.stored(at, got, stored, rule);
+        }
+    }
+
+    /// One element against an expected result that is stored in f32.
+    pub fn stored(&mut self, at: Element, got: f64, stored: f64, rule: Rule) {
+        if let Rule::Near(tolerance) = rule {
+            let bound = tolerance.bound + stored.abs() * Dtype::F32.unit_roundoff();
+            self.tally.near(at, got, stored, Tolerance { bound, ..tolerance });
+        }
+    }
+
+    /// Looks at how a row was rounded. Where logits are moderate and nothing underflows, what is left is rounding.
+    pub fn rounding(&mut self, row: &Row<'_>, got: &[f64]) {
+        if row.class != Class::Mean || row.condition.s > 8.0 {
+            return;
+        }
+        for ((&got, &expected), &a) in got.iter().zip(row.o).zip(row.a) {
+            let unit = self.bound.out_dtype.unit_roundoff() * a;
+            if unit > 64.0 * tiny(self.bound.out_dtype) && expected.is_finite() && got.is_finite() {
                 let error = (got - expected) / unit;
                 self.rounding.0 += 1;
                 self.rounding.1[0] += error;
                 self.rounding.1[1] += error * expected.signum();
             }
         }
-        self.lse(row);
-    }
-
-    /// The log-sum-exp of a row, where it was asked for.
-    pub fn lse(&mut self, row: &RowCheck<'_>) {
-        let [n, i, r, h] = row.index;
-        let Some((got, expected)) = row.lse else { return };
-        let at = Element { tensor: row.lse_tensor, index: [n, i, r, h, 0] };
-        if expected.is_nan() {
-            // A logit of +inf or NaN: unspecified beyond not being finite.
-            if got.is_finite() {
-                self.fail(Wrong { at, got, expected, bound: 0.0 });
-            }
-        } else {
-            self.element(at, got, expected, self.bound.lse(expected, &row.condition));
-        }
     }
 }
 
-/// One row of a result and of the reference.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RowCheck<'a> {
-    pub tensor: &'static str,
-    pub lse_tensor: &'static str,
-    pub index: [usize; 4],
-    pub got: &'a [f64],
-    pub o: &'a [f64],
-    pub a: &'a [f64],
-    /// Got and expected.
-    pub lse: Option<(f64, f64)>,
-    pub condition: Condition,
-    /// No visible logit is above −inf: the zero is exact.
-    pub is_empty: bool,
-    /// One visible key and nothing else: its value, bit for bit.
-    pub is_copy: bool,
-    /// A key of the row's stream and kv head is not finite.
-    pub sees_poisoned_tile: bool,
-    pub counts_for_bias: bool,
-}
+/// Sizes of tiles in use: of rows, and of keys where a kernel does not say.
+const TILES: [usize; 4] = [16, 32, 64, 128];
 
-/// The edges that an element lies on, in words: what a reader looks at first when a kernel is wrong there and nowhere else.
-pub fn edges(shape: &Shape, span: &Span, at: &Element, key_tile: usize) -> String {
+/// The edges that an element lies on, in words: what a reader looks at first when a kernel is wrong there and nowhere else. Edges of tiles
+/// are those of the kernel's key tile where `limits` states it, and of every usual size otherwise.
+pub fn edges(shape: &Shape, span: &Span, at: &Element, limits: &Limits) -> String {
     let [n, i, r, h, _] = at.index;
     let b = shape.block_len() as u64;
     let mut edges = vec![format!("stream {n} (slot {})", span.slot)];
-    let is_memory = at.tensor.starts_with("mem_");
     if matches!(at.tensor, "m" | "z") {
         edges.push(format!("state after block {}", span.start / b + i as u64));
-    } else if is_memory {
+        return edges.join(", ");
+    }
+    // Keys of the own block that the row sees.
+    let seen = if at.tensor.starts_with("mem_") {
         let keys = span.block_keys(i, shape.block_len());
         edges.push(format!("memory row {r} of block {}, keys {}..{}", span.start / b + i as u64, keys.start, keys.end));
         if keys.end - keys.start < b {
             edges.push("partial block".into());
         }
+        (keys.end - (span.start / b + i as u64) * b) as usize
     } else {
         let position = span.start + r as u64;
         let first = span.window_first(position, shape);
@@ -256,15 +314,27 @@ pub fn edges(shape: &Shape, span: &Span, at: &Element, key_tile: usize) -> Strin
             (in_block == 0, "first row of its block"),
             (in_block + 1 == b, "last row of its block"),
             (first == span.origin, "window cut by the origin"),
-            (key_tile > 1 && r > 0 && r.is_multiple_of(key_tile), "first row of a tile"),
-            (key_tile > 1 && (r + 1).is_multiple_of(key_tile), "last row of a tile"),
         ] {
             if is_there {
                 edges.push(edge.into());
             }
         }
+        in_block as usize + 1
+    };
+    let stated = [limits.key_tile];
+    let key_tiles = if limits.is_tile_stated() { &stated[..] } else { &TILES };
+    for (sizes, place, edge) in [
+        (&TILES[..], r, "first row of a tile"),
+        (&TILES, r + 1, "last row of a tile"),
+        (key_tiles, seen - 1, "its last key the first of a tile"),
+        (key_tiles, seen, "its last key the last of a tile"),
+    ] {
+        let there: Vec<_> = sizes.iter().filter(|size| place > 0 && place.is_multiple_of(**size)).map(usize::to_string).collect();
+        if !there.is_empty() {
+            edges.push(format!("{edge} of {}", there.join(", ")));
+        }
     }
-    if shape.group() > 1 && !matches!(at.tensor, "m" | "z") {
+    if shape.group() > 1 {
         edges.push(format!("query head {} of {} of kv head {}", h % shape.group(), shape.group(), h / shape.group()));
     }
     edges.join(", ")

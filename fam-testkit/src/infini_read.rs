@@ -8,7 +8,7 @@ use crate::guard::POISON;
 use crate::harness::Harness;
 use crate::launch::{Loaded, LoadedSpans, Stop, digest, plan};
 use crate::runner::{Passed, conclude};
-use crate::tolerance::{Level, NanReach, infini_read};
+use crate::tolerance::Level;
 use fam_core::{Backend, InfiniRead, InfiniState, Plan};
 use std::borrow::BorrowMut;
 
@@ -32,23 +32,14 @@ pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Resu
     let limits = h.limits();
     let mut checker = Checker::new(level, case.shape.dtype(), case.out_dtype, &limits);
     let reads = Reads::new(case, &data);
-    let b = case.shape.block_len() as u64;
     for place in case.places(Role::O) {
         let [n, _, r] = place.value;
-        let start = case.spans[n].start;
-        let block = ((start + r as u64) / b - start / b) as usize;
         for head in 0..case.shape.heads() {
-            let retrieved = reads.row([n, block, r, head])?;
-            let g = fam_ref::gate(reads.beta[head]);
-            let local = data.get(Role::OLocal).row(&[n, 0, r, head]);
-            for (c, &got) in got.row(&[n, 0, r, head]).iter().enumerate() {
-                let a = retrieved.a[c];
-                let expected = g * a + (1.0 - g) * local[c];
-                if !expected.is_finite() && limits.nan == NanReach::Unspecified {
-                    continue;
-                }
-                let bound = checker.bound.gated(g, [a, infini_read(local.len(), retrieved.magnitude[c], a)], [local[c], 0.0]);
-                checker.element(Element { tensor: "o", index: [n, 0, r, head, c] }, got, expected, bound);
+            let at = [n, 0, r, head];
+            let (read, local) = (reads.row(at, &limits)?, data.get(Role::OLocal).row(&at));
+            for (c, &got) in got.row(&at).iter().enumerate() {
+                let (expected, rule) = read.gate(c, &checker.bound, [local[c], 0.0], local[c].abs());
+                checker.element(Element { tensor: "o", index: [n, 0, r, head, c] }, got, expected, rule, read.may_be_nan);
             }
         }
     }

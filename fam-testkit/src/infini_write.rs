@@ -1,13 +1,13 @@
 //! Cases of `infini_write`: whole segments enter the compressive memory, each checked from the backend's own state before it.
 
 use crate::case::Case;
-use crate::check::{Checker, Element};
+use crate::check::{Checker, Element, Rule};
 use crate::data::{Data, Place, Role};
 use crate::guard::{POISON, Tensor};
 use crate::harness::Harness;
 use crate::launch::{Loaded, LoadedKeys, LoadedSpans, Stop, digest, plan};
 use crate::runner::{Passed, conclude};
-use crate::tolerance::{Level, infini_delta, infini_write, infini_z};
+use crate::tolerance::{Level, infini_write};
 use fam_core::{Backend, InfiniRule, InfiniWrite, Plan, Result};
 use fam_ref::Array;
 use std::borrow::BorrowMut;
@@ -109,8 +109,8 @@ fn segment(
     let first = (span.start / b + i as u64) * b;
     if first < span.origin {
         // Never whole: passed over, its entry copied.
-        m1.iter().zip(&m0).enumerate().for_each(|(x, (got, was))| checker.exactly(at_m(x), *got, *was));
-        z1.iter().zip(&z0).enumerate().for_each(|(x, (got, was))| checker.exactly(at_z(x), *got, *was));
+        m1.iter().zip(&m0).enumerate().for_each(|(x, (got, was))| checker.tally.exactly(at_m(x), *got, *was));
+        z1.iter().zip(&z0).enumerate().for_each(|(x, (got, was))| checker.tally.exactly(at_z(x), *got, *was));
         return Ok(());
     }
     let rows = |role| -> Vec<&[f64]> {
@@ -119,16 +119,12 @@ fn segment(
     };
     let rule = case.shape.infini().unwrap_or(InfiniRule::Linear);
     let expected = fam_ref::infini_write(rule, &rows(Role::K), &rows(Role::V), &m0, &z0)?;
-    let count = b as usize;
+    let [of_m, of_z] = infini_write(b as usize, &expected);
     for x in 0..d * d {
-        let mut bound = infini_write(count, expected.s_v[x], m0[x]);
-        if rule == InfiniRule::Delta {
-            bound += infini_delta(count, d, expected.s_read[x], expected.s_diff[x]);
-        }
-        checker.element(at_m(x), m1[x], expected.m[x], bound);
+        checker.element(at_m(x), m1[x], expected.m[x], Rule::Near(of_m[x]), false);
     }
     for x in 0..d {
-        checker.element(at_z(x), z1[x], expected.z[x], infini_z(count, expected.s_sum[x], z0[x]));
+        checker.element(at_z(x), z1[x], expected.z[x], Rule::Near(of_z[x]), false);
     }
     Ok(())
 }

@@ -1,19 +1,22 @@
 //! Judging the outputs of a case file, whoever computed them.
 
 use crate::casefile::{CaseFile, InfiniCase, OUTPUTS, Tensor};
-use crate::check::{Checker, Element, Worst, Wrong, edges};
-use crate::finite::Finite;
-use crate::tolerance::{Bound, Condition, Level, Limits, infini_delta, infini_read, infini_write, infini_z, tiles};
+use crate::check::{Checker, Element, Rule, Worst, Wrong, edges};
+use crate::rows::{Inputs, LARGEST_TILE, Problem, Read};
+use crate::tolerance::{Bound, Level, Limits, NanReach, Tolerance, infini_read, infini_write};
 use fam_core::{Dtype, InfiniRule, Result, Span};
-use fam_ref::{Array, Attended, Rows};
+use fam_ref::Array;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// What a file's outputs are worth.
 #[derive(Clone, Debug)]
 pub struct Verdict {
-    /// Elements compared with the reference, and with `expected_*` where the case has them.
+    /// Elements judged: held against the reference, and against `expected_*` where the case has them, by a bound that can be broken.
     pub compared: u64,
+    /// Elements not judged: logits beyond f32, NaN where the kernel may spread it, or a bound as large as the element's terms together.
+    /// An output of which nothing was judged is neither right nor wrong.
+    pub vacuous: u64,
     /// The largest share of its bound that an element's error took, by output.
     pub worst: BTreeMap<&'static str, Worst>,
     /// The first element that is wrong, and the edges it lies on, in words.
@@ -30,7 +33,7 @@ impl Verdict {
 /// The reference's results of a case, with what their bounds are derived from.
 #[derive(Debug)]
 pub struct Reference {
-    attended: Attended,
+    problem: Problem,
     infini: Option<InfiniReference>,
 }
 
@@ -40,10 +43,18 @@ struct InfiniReference {
     /// a and the bound of its error, `[N, L, Hq, D]`.
     a: Array<4>,
     a_error: Array<4>,
-    gate: Vec<f64>,
+    /// Σ_c s_c |m_cj| / den, as a.
+    magnitude: Array<4>,
+    /// Shares of the memory and of the local attention, of each head.
+    shares: Vec<[f64; 2]>,
     /// After the last whole segment, with bounds: `[N, Hkv, D, D]` and `[N, Hkv, 1, D]`.
     m: [Array<4>; 2],
     z: [Array<4>; 2],
+    /// What their elements were summed from.
+    m_magnitude: Array<4>,
+    z_magnitude: Array<4>,
+    /// The first row of a stream and kv head that reads a state with NaN or an infinity: `usize::MAX` where none does.
+    first_spoiled: Vec<Vec<usize>>,
 }
 
 fn spans(case: &CaseFile) -> Vec<Span> {
@@ -71,76 +82,30 @@ fn memory(case: &CaseFile, tensor: &Tensor) -> Array<5> {
     full
 }
 
-/// What is finite among the keys and values of each stream and kv head.
-fn finite(case: &CaseFile, kv: [&Array<4>; 2], mem: Option<&(Array<5>, Array<5>)>) -> Vec<Vec<Finite>> {
-    let mut finite = vec![vec![Finite::new(case.shape.head_dim()); case.shape.kv_heads()]; case.batch];
-    for (n, heads) in finite.iter_mut().enumerate() {
-        for (h, seen) in heads.iter_mut().enumerate() {
-            let [k, v] = kv;
-            for t in 0..case.lengths[n] as usize {
-                seen.key(k.row(&[n, t, h]));
-                seen.value(v.row(&[n, t, h]));
-            }
-            if let Some((k, v)) = mem {
-                for (i, f) in (0..k.shape[1]).flat_map(|i| (0..k.shape[2]).map(move |f| (i, f))) {
-                    seen.key(k.row(&[n, i, f, h]));
-                    seen.value(v.row(&[n, i, f, h]));
-                }
-            }
-        }
-    }
-    finite
-}
-
-/// Takes S and max |v| over what is finite, where the rows see other values too.
-fn keep_finite<'a>(case: &CaseFile, rows: &mut Rows, finite: &[Vec<Finite>], q: impl Fn([usize; 4]) -> &'a [f64]) {
-    let [batch, blocks, count, heads] = rows.s.shape;
-    for (n, h) in (0..batch).flat_map(|n| (0..heads).map(move |h| (n, h))) {
-        let seen = &finite[n][h / case.shape.group()];
-        for at in (0..blocks).flat_map(|i| (0..count).map(move |r| [n, i, r, h])) {
-            if !rows.s[at].is_finite() {
-                rows.s[at] = seen.s(q(at), case.shape.scale().into());
-            }
-            if !rows.v_max[at].is_finite() {
-                rows.v_max[at] = seen.v_max;
-            }
-        }
-    }
-}
-
 impl Reference {
     /// Computes the case in f64.
     ///
     /// # Errors
     /// Where tensors do not fit each other; a case file that was read has none of those.
     pub fn new(case: &CaseFile) -> Result<Self> {
-        let (spans, q, k, v) = (spans(case), tokens(&case.q), tokens(&case.k), tokens(&case.v));
-        let mem_q = case.mem_q.as_ref().map(|t| memory(case, t));
-        let mem = case.mem.as_ref().map(|(k, v)| (memory(case, k), memory(case, v)));
-        let sink = case.sink.as_ref().map(Tensor::values);
-        let mut attended = fam_ref::attend(&fam_ref::Attend {
-            shape: &case.shape,
-            spans: &spans,
-            q: Some(&q),
-            mem_q: mem_q.as_ref(),
-            k: &k,
-            v: &v,
-            mem_k: mem.as_ref().map(|(k, _)| k),
-            mem_v: mem.as_ref().map(|(_, v)| v),
-            sink: sink.as_deref(),
-        })?;
-        let finite = finite(case, [&k, &v], mem.as_ref());
-        let q_rows = |[n, _, r, h]: [usize; 4]| q.row(&[n, r, h]);
-        attended.rows.iter_mut().for_each(|rows| keep_finite(case, rows, &finite, q_rows));
-        if let (Some(rows), Some(q)) = (&mut attended.mem_rows, &mem_q) {
-            keep_finite(case, rows, &finite, |at| q.row(&at));
-        }
+        let (q, k, v) = (tokens(&case.q), tokens(&case.k), tokens(&case.v));
         let infini = case.infini.as_ref().map(|infini| {
-            let q = infini.q.as_ref().map_or(q, tokens);
-            let k = infini.k.as_ref().map_or(k, tokens);
+            let q = infini.q.as_ref().map_or_else(|| q.clone(), tokens);
+            let k = infini.k.as_ref().map_or_else(|| k.clone(), tokens);
             InfiniReference::new(case, infini, &q, &k, &v)
         });
-        Ok(Reference { attended, infini: infini.transpose()? })
+        let infini = infini.transpose()?;
+        let problem = Problem::new(Inputs {
+            shape: case.shape,
+            spans: spans(case),
+            q: Some(q),
+            mem_q: case.mem_q.as_ref().map(|t| memory(case, t)),
+            k,
+            v,
+            mem: case.mem.as_ref().map(|(k, v)| [memory(case, k), memory(case, v)]),
+            sink: case.sink.as_ref().map(Tensor::values),
+        })?;
+        Ok(Reference { problem, infini })
     }
 
     /// Holds `outputs` against the reference, and against `expected_*` where the case has them (those are stored in f32: half an ulp more).
@@ -151,175 +116,136 @@ impl Reference {
 
     /// As [`Reference::judge`], but only tokens from row `first` on, memory rows of their blocks, and the state.
     pub fn judge_from(&self, first: usize, case: &CaseFile, outputs: &BTreeMap<String, Tensor>, limits: &Limits) -> Verdict {
-        let mut verdict = Verdict { compared: 0, worst: BTreeMap::new(), wrong: None };
+        let mut verdict = Verdict { compared: 0, vacuous: 0, worst: BTreeMap::new(), wrong: None };
         for name in OUTPUTS {
             let Some(output) = outputs.get(name) else { continue };
             let got = output.values();
-            let expected = case.expected.get(name).map(Tensor::values);
+            let stored = case.expected.get(name).map(Tensor::values);
             let mut checker = Checker::new(Level::Hard, case.shape.dtype(), output.dtype, limits);
-            let bound = checker.bound;
-            self.elements(case, name, &bound, limits.key_tile, |item| {
-                let [n, i, r, ..] = item.at.index;
-                let is_before = match name {
-                    "o" | "lse" => r < first,
-                    "mem_o" | "mem_lse" => i < block_of(case, n, first),
-                    _ => false,
-                };
-                if is_before {
-                    return;
-                }
-                let got = got[item.index];
-                match item.rule {
-                    // +0, to the bit.
-                    Rule::Empty if got.to_bits() != 0 => checker.fail(Wrong { at: item.at, got, expected: 0.0, bound: 0.0 }),
-                    Rule::Empty => {}
-                    Rule::Copy => checker.exactly(item.at, got, item.expected),
-                    Rule::Bound(bound) => checker.element(item.at, got, item.expected, bound),
-                }
-                verdict.compared += 1;
-                if let (Some(stored), Rule::Bound(bound)) = (&expected, item.rule) {
-                    let stored = stored[item.index];
-                    checker.element(item.at, got, stored, bound + stored.abs() * Dtype::F32.unit_roundoff());
-                    verdict.compared += 1;
-                }
-            });
-            verdict.worst.extend(checker.worst.map(|w| (name, w)));
+            match name {
+                "m" | "z" => self.state(case, name, |at, index, expected, tolerance| {
+                    checker.element(at, got[index], expected, Rule::Near(tolerance), false);
+                    if let Some(stored) = &stored {
+                        checker.stored(at, got[index], stored[index], Rule::Near(tolerance));
+                    }
+                }),
+                _ => self.rows(first, case, name, &mut checker, &got, stored.as_deref()),
+            }
+            let tally = checker.tally;
+            verdict.compared += tally.compared;
+            verdict.vacuous += tally.vacuous;
+            verdict.worst.extend(tally.worst.map(|w| (name, w)));
             if verdict.wrong.is_none() {
-                verdict.wrong = checker.wrong.map(|wrong| {
+                verdict.wrong = tally.wrong.map(|wrong| {
                     let span = spans(case)[wrong.at.index[0]];
-                    (wrong, edges(&case.shape, &span, &wrong.at, limits.key_tile))
+                    (wrong, edges(&case.shape, &span, &wrong.at, limits))
                 });
             }
         }
         verdict
     }
 
+    /// Block rows from row `first` on, or memory rows from its block on: `o` or `lse` of them.
+    fn rows(
+        &self,
+        first: usize,
+        case: &CaseFile,
+        name: &'static str,
+        checker: &mut Checker<'_>,
+        got: &[f64],
+        stored: Option<&[f64]>,
+    ) {
+        let is_memory = name.starts_with("mem_");
+        let Some(rows) = self.problem.rows(is_memory) else { return };
+        let (limits, d) = (checker.limits, case.shape.head_dim());
+        for at in self.problem.indices(is_memory) {
+            let [n, i, r, _] = at;
+            if if is_memory { i < block_of(case, n, first) } else { r < first } {
+                continue;
+            }
+            let row = self.problem.row(is_memory, rows, at, limits);
+            let index = place(rows.lse.shape, at);
+            if name.ends_with("lse") {
+                checker.lse(name, &row, got[index], stored.map(|stored| stored[index]));
+            } else {
+                let read = self.read(case, is_memory, at, limits);
+                let of_row = index * d..(index + 1) * d;
+                checker.row(name, &row, read.as_ref(), &got[of_row.clone()], stored.map(|stored| &stored[of_row]));
+            }
+        }
+    }
+
+    /// What a block row reads from the compressive memory.
+    fn read(&self, case: &CaseFile, is_memory: bool, [n, _, r, h]: [usize; 4], limits: &Limits) -> Option<Read> {
+        let infini = self.infini.as_ref().filter(|_| !is_memory)?;
+        let at = [n, r, h];
+        let first_spoiled = infini.first_spoiled[n][h / case.shape.group()];
+        Some(Read {
+            shares: infini.shares[h],
+            a: infini.a.row(&at).to_vec(),
+            error: infini.a_error.row(&at).to_vec(),
+            magnitude: infini.magnitude.row(&at).to_vec(),
+            // A row may share its tile of rows with one that reads it.
+            may_be_nan: limits.nan != NanReach::Rows && r.saturating_add(LARGEST_TILE) > first_spoiled,
+        })
+    }
+
     /// The reference's results by output name, in f32; 0 in rows past a stream's length.
     pub(crate) fn expected(&self, case: &CaseFile) -> BTreeMap<String, Tensor> {
         let limits = Limits::default();
-        let checker = Checker::new(Level::Hard, case.shape.dtype(), Dtype::F32, &limits);
+        let bound = Bound::new(Level::Hard, case.shape.dtype(), Dtype::F32, &limits);
         let mut expected = BTreeMap::new();
         for name in OUTPUTS {
+            let is_memory = name.starts_with("mem_");
             let shape = case.output_shape(name);
             let mut values = vec![0.0; shape.iter().product()];
-            let mut is_there = false;
-            self.elements(case, name, &checker.bound, limits.key_tile, |item| {
-                values[item.index] = item.expected;
-                is_there = true;
-            });
-            if is_there {
-                expected.insert(name.to_string(), Tensor::from_values(Dtype::F32, shape, values));
+            if matches!(name, "m" | "z") {
+                if self.infini.is_none() {
+                    continue;
+                }
+                self.state(case, name, |_, index, expected, _| values[index] = expected);
+            } else {
+                let Some(rows) = self.problem.rows(is_memory) else { continue };
+                let d = case.shape.head_dim();
+                for at in self.problem.indices(is_memory) {
+                    let (row, index) = (self.problem.row(is_memory, rows, at, &limits), place(rows.lse.shape, at));
+                    if name.ends_with("lse") {
+                        values[index] = row.lse;
+                        continue;
+                    }
+                    let read = self.read(case, is_memory, at, &limits);
+                    (0..d).for_each(|c| values[index * d + c] = row.element(c, &bound, read.as_ref()).0);
+                }
             }
+            expected.insert(name.to_string(), Tensor::from_values(Dtype::F32, shape, values));
         }
         expected
     }
 
-    /// Calls `visit` for every element of output `name`.
-    fn elements(&self, case: &CaseFile, name: &'static str, bound: &Bound<'_>, key_tile: usize, visit: impl FnMut(Item)) {
-        match (name, &self.attended) {
-            ("o" | "lse", Attended { rows: Some(rows), .. }) => self.rows(case, name, rows, bound, key_tile, visit),
-            ("mem_o" | "mem_lse", Attended { mem_rows: Some(rows), .. }) => self.rows(case, name, rows, bound, key_tile, visit),
-            ("m" | "z", _) => self.state(case, name, visit),
-            _ => {}
-        }
-    }
-
-    fn rows(
-        &self,
-        case: &CaseFile,
-        name: &'static str,
-        rows: &Rows,
-        bound: &Bound<'_>,
-        key_tile: usize,
-        mut visit: impl FnMut(Item),
-    ) {
-        let is_memory = name.starts_with("mem_");
-        let (shape, sizes) = (&case.shape, rows.o.shape);
-        let (b, d) = (shape.block_len(), shape.head_dim());
-        let sinks = case.sink.as_ref().map(Tensor::values);
-        for (n, span) in spans(case).iter().enumerate() {
-            let (blocks, in_block) = if is_memory { (span.blocks(b), shape.mem_len()) } else { (1, span.len as usize) };
-            for (i, r) in (0..blocks).flat_map(|i| (0..in_block).map(move |r| (i, r))) {
-                let position = span.start + r as u64;
-                let keys = if is_memory { span.block_keys(i, b) } else { span.window_first(position, shape)..position + 1 };
-                for h in 0..shape.heads() {
-                    let row = [n, i, r, h];
-                    // −inf is no sink.
-                    let sink = sinks.as_ref().map(|s| s[h]).filter(|s| *s != f64::NEG_INFINITY);
-                    let lse = rows.lse[row];
-                    let condition = Condition {
-                        o: 0.0,
-                        a: 0.0,
-                        s: rows.s[row],
-                        sink: sink.map_or(0.0, f64::abs),
-                        n: rows.n[row],
-                        tiles: tiles(keys.clone(), b, span.mem_rows as usize, key_tile),
-                        d: d as f64,
-                        v_max: rows.v_max[row],
-                    };
-                    let index = ((n * sizes[1] + i) * sizes[2] + r) * sizes[3] + h;
-                    if name.ends_with("lse") {
-                        let at = Element { tensor: name, index: [n, i, r, h, 0] };
-                        visit(Item { at, index, expected: lse, rule: Rule::Bound(bound.lse(lse, &condition)) });
-                        continue;
-                    }
-                    for c in 0..d {
-                        let at = Element { tensor: name, index: [n, i, r, h, c] };
-                        let (o, condition) =
-                            (rows.o[at.index], Condition { o: rows.o[at.index], a: rows.a[at.index], ..condition });
-                        let (expected, rule) = match &self.infini {
-                            Some(infini) if !is_memory => {
-                                let (g, at) = (infini.gate[h], [n, r, h, c]);
-                                let memory = [infini.a[at], infini.a_error[at]];
-                                let rule = Rule::Bound(bound.gated(g, memory, [o, bound.o_f32(&condition)]));
-                                (g * memory[0] + (1.0 - g) * o, rule)
-                            }
-                            _ if lse == f64::NEG_INFINITY || rows.n[row] == 0.0 => (0.0, Rule::Empty),
-                            _ if rows.n[row] == 1.0 && sink.is_none() && lse.is_finite() => (o, Rule::Copy),
-                            _ => (o, Rule::Bound(bound.o(&condition))),
-                        };
-                        visit(Item { at, index: index * d + c, expected, rule });
-                    }
-                }
-            }
-        }
-    }
-
-    fn state(&self, case: &CaseFile, name: &'static str, mut visit: impl FnMut(Item)) {
+    /// Calls `visit` with every element of `m` or `z`: which, its place, its value, and how close a result must be.
+    fn state(&self, case: &CaseFile, name: &'static str, mut visit: impl FnMut(Element, usize, f64, Tolerance)) {
         let Some(infini) = &self.infini else { return };
-        let [values, bounds] = if name == "m" { &infini.m } else { &infini.z };
+        let ([values, bounds], magnitudes) =
+            if name == "m" { (&infini.m, &infini.m_magnitude) } else { (&infini.z, &infini.z_magnitude) };
         let [_, kv_heads, rows, d] = values.shape;
         for (index, (&expected, &bound)) in values.data.iter().zip(&bounds.data).enumerate() {
             let (n, h, r, c) = (index / (kv_heads * rows * d), index / (rows * d) % kv_heads, index / d % rows, index % d);
             let last = whole_segments(case, n).last().map_or(0, |(i, _)| i);
-            visit(Item { at: Element { tensor: name, index: [n, last, r, h, c] }, index, expected, rule: Rule::Bound(bound) });
+            let tolerance = Tolerance { bound, magnitude: magnitudes.data[index] };
+            visit(Element { tensor: name, index: [n, last, r, h, c] }, index, expected, tolerance);
         }
     }
+}
+
+/// Number of an element in a packed tensor.
+fn place(shape: [usize; 4], at: [usize; 4]) -> usize {
+    shape.into_iter().zip(at).fold(0, |place, (size, i)| place * size + i)
 }
 
 /// The call's block that holds stream n's token in row `row`.
 fn block_of(case: &CaseFile, n: usize, row: usize) -> usize {
     let b = case.shape.block_len();
     ((case.start[n] % b as u64) as usize + row) / b
-}
-
-/// One element of an output, and what it is held to.
-struct Item {
-    at: Element,
-    /// Place in the packed output.
-    index: usize,
-    expected: f64,
-    rule: Rule,
-}
-
-#[derive(Clone, Copy)]
-enum Rule {
-    /// No visible key: exactly +0.
-    Empty,
-    /// One visible key: its value, bit for bit.
-    Copy,
-    /// So far from the reference.
-    Bound(f64),
 }
 
 /// The segments that are written: the call's block i, and its first token's row in q, k and v.
@@ -340,10 +266,17 @@ impl InfiniReference {
         let mut out = InfiniReference {
             a: Array::zeros(q.shape),
             a_error: Array::zeros(q.shape),
-            gate: infini.beta.values().into_iter().map(fam_ref::gate).collect(),
+            magnitude: Array::zeros(q.shape),
+            shares: infini.beta.values().into_iter().map(|beta| [fam_ref::gate(beta), fam_ref::gate(-beta)]).collect(),
             m: [state(&infini.m0, d), state(&None, d)],
             z: [state(&infini.z0, 1), state(&None, 1)],
+            m_magnitude: state(&None, d),
+            z_magnitude: state(&None, 1),
+            first_spoiled: vec![vec![usize::MAX; kv_heads]; case.batch],
         };
+        for (n, h) in (0..case.batch).flat_map(|n| (0..kv_heads).map(move |h| (n, h))) {
+            out.look_for_others([n, h], 0);
+        }
         for n in 0..case.batch {
             let mut segments = whole_segments(case, n).peekable();
             let (start, end) = (case.start[n], case.start[n] + case.lengths[n]);
@@ -355,6 +288,7 @@ impl InfiniReference {
                     let error = out.propagated(kv, q.row(&[n, t, h]), &read.a);
                     for (c, carried) in error.into_iter().enumerate() {
                         out.a[[n, t, h, c]] = read.a[c];
+                        out.magnitude[[n, t, h, c]] = read.magnitude[c];
                         out.a_error[[n, t, h, c]] = infini_read(d, read.magnitude[c], read.a[c]) + carried;
                     }
                 }
@@ -362,7 +296,10 @@ impl InfiniReference {
                 if (position + 1).is_multiple_of(b as u64)
                     && let Some((_, first)) = segments.next_if(|&(_, first)| first + b == t + 1)
                 {
-                    (0..kv_heads).try_for_each(|h| out.write([n, h], infini.rule, first..t + 1, k, v))?;
+                    for h in 0..kv_heads {
+                        out.write([n, h], infini.rule, first..t + 1, k, v)?;
+                        out.look_for_others([n, h], t + 1);
+                    }
                 }
             }
         }
@@ -402,17 +339,27 @@ impl InfiniReference {
                 }
             }
         }
-        for (i, error) in self.m[1].row_mut(&kv).iter_mut().enumerate() {
-            *error += carried[i] + infini_write(count, written.s_v[i], written.m[i]);
-            if rule == InfiniRule::Delta {
-                *error += infini_delta(count, d, written.s_read[i], written.s_diff[i]);
+        let [of_m, of_z] = infini_write(count, &written);
+        let magnitudes = [&mut self.m_magnitude, &mut self.z_magnitude];
+        for ((state, magnitudes), of) in [&mut self.m, &mut self.z].into_iter().zip(magnitudes).zip([&of_m, &of_z]) {
+            let errors = state[1].row_mut(&kv).iter_mut().zip(magnitudes.row_mut(&kv));
+            for ((error, magnitude), of) in errors.zip(of) {
+                *error += of.bound;
+                *magnitude += of.magnitude;
             }
         }
-        for (i, error) in self.z[1].row_mut(&kv).iter_mut().enumerate() {
-            *error += infini_z(count, written.s_sum[i], written.z[i]);
-        }
+        self.m[1].row_mut(&kv).iter_mut().zip(carried).for_each(|(error, carried)| *error += carried);
         self.m[0].row_mut(&kv).copy_from_slice(&written.m);
         self.z[0].row_mut(&kv).copy_from_slice(&written.z);
         Ok(())
+    }
+
+    /// Notes the first row from which on the state holds what is not finite.
+    fn look_for_others(&mut self, kv: [usize; 2], row: usize) {
+        let [n, h] = kv;
+        let mut state = self.m[0].row(&kv).iter().chain(self.z[0].row(&kv));
+        if state.any(|x| !x.is_finite()) {
+            self.first_spoiled[n][h] = self.first_spoiled[n][h].min(row);
+        }
     }
 }

@@ -6,7 +6,7 @@
 //! | [`Harness`] | what a backend under test provides: itself, and how to run work on a queue |
 //! | [`Case`], [`Filter`], [`Distribution`] | the test table: every case a pure function of one printed `u64` seed |
 //! | [`run_case`], [`run_suite`], [`Report`], [`Coverage`] | running it, on several threads, with the seed told before each launch |
-//! | [`Level`], [`Bound`], [`Limits`] | the bounds, derived from each row's own conditioning, and what a backend declares |
+//! | [`Level`], [`Bound`], [`Limits`], [`Tally`] | the bounds, derived from each row's own conditioning, what a backend declares, and the one comparison |
 //! | [`PROPERTIES`], [`Property`], [`run_property`] | the contract's section 7: what must agree bit for bit, and what within the bound |
 //! | [`run_streams`] | [`fam_core::Streams`] under random events: steps, drops, rollbacks, copies, snapshots, resets, bad calls |
 //! | [`invalid_calls`] | calls that must be refused, with nothing written |
@@ -43,6 +43,7 @@ mod nonfinite;
 mod properties;
 mod replay;
 mod rng;
+mod rows;
 mod runner;
 mod streams;
 mod tolerance;
@@ -50,7 +51,7 @@ mod wild;
 
 pub use case::{Case, Filter, KeySource, Strides, Style};
 pub use casefile::{CaseFile, InfiniCase, OUTPUTS, Tensor, read_file, read_outputs, write_outputs};
-pub use check::{Bias, Element, Worst, Wrong, edges};
+pub use check::{Bias, Element, Tally, Worst, Wrong, edges};
 pub use coverage::Coverage;
 pub use distribution::Distribution;
 pub use endless::{Endless, endless};
@@ -65,6 +66,6 @@ pub use rng::{Rng, case_seed};
 pub use runner::{BIAS_CASES, BIAS_SHARE, Budget, Event, Failure, Outcome, Passed, Report, SuiteOptions, run_case, run_suite};
 pub use streams::run_streams;
 pub use tolerance::{
-    Bound, Condition, Level, Limits, NanReach, Term, infini_delta, infini_read as infini_read_bound,
-    infini_write as infini_write_bound, infini_z, merged_lse, tiny,
+    Bound, Condition, Level, Limits, NanReach, Term, Tolerance, infini_read as infini_read_bound,
+    infini_write as infini_write_bounds, merged_lse, tiny,
 };

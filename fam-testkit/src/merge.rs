@@ -1,7 +1,7 @@
 //! Cases of `merge`: two parts with log-sum-exps from equal to far apart, and parts without keys.
 
 use crate::case::{Case, Strides};
-use crate::check::{Checker, Element};
+use crate::check::{Checker, Element, Rule};
 use crate::data::Role;
 use crate::distribution::{Distribution, Source, exp2, round};
 use crate::guard::{POISON, Tensor, arrange};
@@ -9,7 +9,7 @@ use crate::harness::Harness;
 use crate::launch::{Loaded, Stop, digest, plan};
 use crate::rng::Rng;
 use crate::runner::{Passed, conclude};
-use crate::tolerance::{Level, NanReach, merged_lse};
+use crate::tolerance::{Level, Tolerance, merged_lse};
 use fam_core::{Backend, Dtype, Merge, Partial, Plan, Result};
 use fam_ref::Array;
 use std::borrow::BorrowMut;
@@ -87,20 +87,18 @@ fn check_row(
     let weigh = |o: f64, part: f64| if is_empty(part) { [0.0, 0.0] } else { [(part - lse).exp(), o] };
     for (c, &got) in got.iter().enumerate() {
         let at = Element { tensor: "o", index: [n, i, r, h, c] };
-        if is_empty(lse_a) && is_empty(lse_b) {
-            if got.to_bits() != 0 {
-                checker.fail(crate::check::Wrong { at, got, expected: 0.0, bound: 0.0 });
-            }
-            continue;
-        }
-        if !expected[c].is_finite() && checker.limits.nan == NanReach::Unspecified {
-            continue;
-        }
-        let bound = checker.bound.merged(expected[c], weigh(o_a[c], lse_a), weigh(o_b[c], lse_b), difference);
-        checker.element(at, got, expected[c], bound);
+        let [a, b] = [weigh(o_a[c], lse_a), weigh(o_b[c], lse_b)];
+        let rule = if is_empty(lse) {
+            Rule::Zero
+        } else {
+            let magnitude = a[0] * a[1].abs() + b[0] * b[1].abs();
+            Rule::Near(Tolerance { bound: checker.bound.merged(expected[c], a, b, difference), magnitude })
+        };
+        checker.element(at, got, expected[c], rule, false);
     }
     if let Some(got) = got_lse {
-        checker.element(Element { tensor: "lse", index: [n, i, r, h, 0] }, got, lse, merged_lse(lse));
+        let tolerance = Tolerance { bound: merged_lse(lse), magnitude: lse.abs() + 1.0 };
+        checker.element(Element { tensor: "lse", index: [n, i, r, h, 0] }, got, lse, Rule::Near(tolerance), false);
     }
     Ok(())
 }

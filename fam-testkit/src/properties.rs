@@ -6,7 +6,7 @@ mod splits;
 mod streams;
 
 use crate::case::{Case, KeySource, Strides};
-use crate::check::{Element, Worst, Wrong};
+use crate::check::Tally;
 use crate::distribution::Distribution;
 use crate::harness::Harness;
 use crate::launch::Stop;
@@ -178,29 +178,10 @@ fn same_bits<'a>(what: &str, a: impl Iterator<Item = &'a Array<5>>, b: impl Iter
     Ok(())
 }
 
-/// Collects the worst share of a bound, or the first element beyond.
-#[derive(Default)]
-struct Near {
-    worst: Option<Worst>,
-    wrong: Option<Wrong>,
-}
-
-impl Near {
-    fn element(&mut self, at: Element, got: f64, expected: f64, bound: f64) {
-        let ratio = if got == expected { 0.0 } else { (got - expected).abs() / bound };
-        if self.worst.is_none_or(|w| ratio > w.ratio) {
-            self.worst = Some(Worst { ratio, at });
-        }
-        // A bound that is NaN or infinite could not be broken.
-        if ratio > 1.0 || ratio.is_nan() || !bound.is_finite() {
-            self.wrong.get_or_insert(Wrong { at, got, expected, bound });
-        }
-    }
-
-    fn conclude(self, case: &Case) -> Result<Passed, Stop> {
-        match self.wrong {
-            None => Ok(Passed { worst: self.worst, ..Passed::default() }),
-            Some(wrong) => Err(Stop::Failed(format!("{case}: {wrong}"))),
-        }
+/// Passed with the worst share of a bound, or failed with the first element beyond.
+fn conclude(case: &Case, tally: Tally) -> Result<Passed, Stop> {
+    match tally.wrong {
+        None => Ok(Passed { worst: tally.worst, ..Passed::default() }),
+        Some(wrong) => Err(Stop::Failed(format!("{case}: {wrong}"))),
     }
 }

@@ -74,10 +74,10 @@ fn run_attend<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Result<P
 
 /// Passed with its figures, or failed with the first wrong element and the edges that it lies on.
 pub(crate) fn conclude(case: &Case, checker: Checker<'_>, digest: u64) -> Result<Passed, Stop> {
-    match checker.wrong {
-        None => Ok(Passed { worst: checker.worst, bias: checker.bias(), digest }),
+    match checker.tally.wrong {
+        None => Ok(Passed { worst: checker.tally.worst, bias: checker.bias(), digest }),
         Some(wrong) => {
-            let at = edges(&case.shape, &case.spans[wrong.at.index[0]], &wrong.at, checker.limits.key_tile);
+            let at = edges(&case.shape, &case.spans[wrong.at.index[0]], &wrong.at, checker.limits);
             Err(Stop::Failed(format!("{wrong} ({at}; level {})", checker.bound.level)))
         }
     }

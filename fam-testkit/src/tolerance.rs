@@ -12,11 +12,12 @@
 //!          2⁻²⁵·max|v|·(n, or √n in STAT) where they are f16, 2⁻¹⁵⁰·max|v|·n in f32
 //! ```
 //!
-//! Where logits are exact in f32, S is 40. A kernel with another source of error declares it as a [`Term`].
+//! Where the logits of a row are exact in f32 in any order, S is at most 40. docs/math.md derives each bound. A kernel with another source of error declares it as a [`Term`].
 
 use crate::distribution::exp2;
 use crate::finite::magnitude;
 use fam_core::Dtype;
+use fam_ref::Written;
 
 /// u of f32.
 pub(crate) const U32: f64 = 1.0 / 16_777_216.0;
@@ -68,7 +69,7 @@ pub enum NanReach {
     /// To the rows that see the key.
     #[default]
     Rows,
-    /// To all rows of the stream and kv head, since their tiles load the key.
+    /// To the rows whose tiles load the key: that see a key of its tile, or share a tile of rows (of at most 128) with one that does.
     Tiles,
     /// Rows that see it are unspecified, beside that.
     Unspecified,
@@ -80,7 +81,7 @@ pub enum NanReach {
 pub struct Limits {
     /// Elements of the largest tensor that fits; larger cases are skipped.
     pub max_elements: u64,
-    /// BLOCK_N: keys that are added up before the running maximum is looked at again.
+    /// BLOCK_N: keys that are added up before the running maximum is looked at again. `usize::MAX`: as many as there are.
     pub key_tile: usize,
     /// The dtypes whose kernels round probabilities to that dtype before P·V.
     pub p16: &'static [Dtype],
@@ -91,9 +92,10 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// Any size, tiles of 16 keys, probabilities in f32, NaN confined to the rows that see it, no further error.
+    /// The strictest: any size, one tile for all keys of a block, probabilities in f32, NaN confined to the rows that see it, no further
+    /// error. A kernel with smaller tiles states them, for the roundings of its rescales.
     fn default() -> Self {
-        Limits { max_elements: u64::MAX, key_tile: 16, p16: &[], nan: NanReach::Rows, terms: &[] }
+        Limits { max_elements: u64::MAX, key_tile: usize::MAX, p16: &[], nan: NanReach::Rows, terms: &[] }
     }
 }
 
@@ -102,6 +104,11 @@ impl Limits {
     /// inputs, and have NaN anywhere in its tiles.
     pub fn any_kernel() -> Self {
         Limits { key_tile: 1, p16: &[Dtype::F16, Dtype::Bf16], nan: NanReach::Tiles, ..Limits::default() }
+    }
+
+    /// Whether `key_tile` is the size of a kernel's tile, and not the one or the other extreme.
+    pub(crate) fn is_tile_stated(&self) -> bool {
+        (2..usize::MAX).contains(&self.key_tile)
     }
 
     /// Sets the largest tensor.
@@ -184,22 +191,39 @@ impl<'a> Bound<'a> {
         U32 * (lse.abs() + 2.0 * c.s * (c.d + 4.0) + 2.0 * c.sink + c.n + 8.0)
     }
 
-    /// Of the gated output, whose two parts have errors of `a_error` and `o_error` in f32.
-    pub fn gated(&self, g: f64, [a, a_error]: [f64; 2], [o, o_error]: [f64; 2]) -> f64 {
-        let out = g * a + (1.0 - g) * o;
-        let parts = g * a_error + (1.0 - g) * o_error;
-        let gate = U32 * 10.0 * (g * a.abs() + (1.0 - g) * o.abs());
+    /// Of the gated output: shares `g` of memory and local attention, whose parts have errors of `a_error` and `o_error` in f32.
+    pub fn gated(&self, g: [f64; 2], [a, a_error]: [f64; 2], [o, o_error]: [f64; 2]) -> f64 {
+        let [g_a, g_o] = g;
+        let out = g_a * a + g_o * o;
+        let parts = g_a * a_error + g_o * o_error;
+        let gate = U32 * 10.0 * (g_a * a.abs() + g_o * o.abs());
+        // A share below the least normal number has few digits, and none where exp(|β|) overflows first.
+        let small = |g: f64, x: f64| if g < exp2(-126) { (g + exp2(-149)) * x.abs() } else { 0.0 };
         // Either product may be subnormal.
-        parts + gate + self.out_dtype.unit_roundoff() * out.abs() + exp2(-149) + tiny(self.out_dtype)
+        let underflow = small(g_a, a) + small(g_o, o) + exp2(-149);
+        parts + gate + self.out_dtype.unit_roundoff() * out.abs() + underflow + tiny(self.out_dtype)
     }
 
-    /// Of a merge of two parts with weights w: the difference of their lse is rounded once, and the smaller weight underflows at 2⁻¹⁴⁹.
+    /// Of a merge of two parts with weights w, whose lse are `difference` apart.
+    ///
+    /// The larger part's weight before the division is exp(0), exactly; the smaller one's has the error of the difference's rounding and of
+    /// exp. Through the division that moves weight between the parts, by w_a·w_b times it.
     pub fn merged(&self, o: f64, [w_a, o_a]: [f64; 2], [w_b, o_b]: [f64; 2], difference: f64) -> f64 {
-        // Beyond a difference of 104 the smaller weight is 0 in f32.
-        let weights = U32 * (2.0 * difference.min(104.0) + 16.0) * (w_a * o_a.abs() + w_b * o_b.abs());
-        let underflow = exp2(-148) * (o_a.abs() + o_b.abs());
-        weights + underflow + self.out_dtype.unit_roundoff() * o.abs() + tiny(self.out_dtype)
+        let sums = 8.0 * (w_a * o_a.abs() + w_b * o_b.abs());
+        let weights = (3.0 * difference + 6.0) * w_a * w_b * (o_a.abs() + o_b.abs());
+        // The smaller weight may be subnormal, and each product.
+        let underflow = exp2(-148) * (o_a.abs() + o_b.abs()) + exp2(-149);
+        U32 * (sums + weights) + underflow + self.out_dtype.unit_roundoff() * o.abs() + tiny(self.out_dtype)
     }
+}
+
+/// How far an element may be from the reference, and what it was made of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Tolerance {
+    /// The largest error of a right kernel.
+    pub bound: f64,
+    /// Σ |terms| of the sum that the element is, e.g. A_j. A bound of magnitude + |expected| judges nothing.
+    pub magnitude: f64,
 }
 
 /// Of the log-sum-exp of a merge.
@@ -212,19 +236,23 @@ pub fn infini_read(d: usize, magnitude: f64, a: f64) -> f64 {
     U32 * (2.0 * d as f64 + 12.0) * (magnitude + a.abs())
 }
 
-/// Of an element of m': `s_v` is Σ_t s_ti|v_tj| over the n keys of the segment. Each product may underflow.
-pub fn infini_write(n: usize, s_v: f64, m: f64) -> f64 {
-    U32 * ((n as f64 + 8.0) * s_v + m.abs()) + n as f64 * exp2(-149)
-}
-
-/// What delta adds to that: `s_read` is Σ_t s_ti·(magnitude_tj + |a_tj|) and `s_diff` is Σ_t s_ti|v_tj − a_tj|.
-pub fn infini_delta(n: usize, d: usize, s_read: f64, s_diff: f64) -> f64 {
-    infini_read(d, s_read, 0.0) + U32 * (n as f64 + 9.0) * s_diff
-}
-
-/// Of an element of z': `s_sum` is Σ_t s_ti.
-pub fn infini_z(n: usize, s_sum: f64, z: f64) -> f64 {
-    U32 * ((n as f64 + 6.0) * s_sum + z)
+/// Of the elements of m' and z' after a segment of n tokens that was summed apart and added to the old state once. Where σ(k) is subnormal
+/// it has an absolute error, of at most 2⁻¹⁴⁹, and each product may underflow.
+pub fn infini_write(n: usize, written: &Written) -> [Vec<Tolerance>; 2] {
+    let (n, d) = (n as f64, written.z.len());
+    let m = (0..d * d).map(|at| {
+        let [m, s_v, s_read, s_diff] = [written.m[at].abs(), written.s_v[at], written.s_read[at], written.s_diff[at]];
+        let sum = U32 * ((n + 8.0) * s_v + m);
+        // 0 with the linear rule.
+        let delta = infini_read(d, s_read, 0.0) + U32 * (n + 9.0) * s_diff;
+        let underflow = exp2(-149) * (n + written.diff[at % d]);
+        Tolerance { bound: sum + delta + underflow, magnitude: m + s_v + s_read }
+    });
+    let z = written.z.iter().zip(&written.s_sum).map(|(z, s_sum)| {
+        let bound = U32 * ((n + 6.0) * s_sum + z) + exp2(-149) * n;
+        Tolerance { bound, magnitude: z + s_sum }
+    });
+    [m.collect(), z.collect()]
 }
 
 /// Half the least positive number of `dtype`.
@@ -306,7 +334,7 @@ mod tests {
         let least = f32::from_bits(1);
         let (got, expected) = (f64::from(0.5 * least + 0.5 * least), f64::from(least));
         let error = (got - expected).abs();
-        let allowed = bound.gated(0.5, [expected, 0.0], [expected, 0.0]);
+        let allowed = bound.gated([0.5; 2], [expected, 0.0], [expected, 0.0]);
         assert!(error <= allowed && error > allowed - exp2(-149), "{error:e} of {allowed:e}");
     }
 

@@ -2,46 +2,15 @@
 
 use super::case::PerfCase;
 use super::driver::Driver;
-use fam::{InfiniRule, Result, Shape, Span};
+use fam::{Result, Shape, Span};
 use fam_ref::Array;
 use fam_testkit::{
-    Bound, Condition, Element, Harness, Level, Limits, Tensor, Wrong, infini_delta, infini_read_bound, infini_write_bound,
-    infini_z,
+    Bound, Condition, Element, Harness, Level, Limits, Tally, Tensor, Tolerance, infini_read_bound, infini_write_bounds,
 };
 use std::ops::Range;
 
-/// What the comparison found.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Verdict {
-    /// Values compared.
-    pub compared: u64,
-    /// Largest share of its bound that an error took.
-    pub worst: f64,
-    /// The first wrong value.
-    pub wrong: Option<Wrong>,
-}
-
-impl Verdict {
-    fn value(&mut self, tensor: &'static str, index: [usize; 5], [got, expected]: [f64; 2], bound: f64) {
-        let error = (got - expected).abs();
-        self.compared += 1;
-        self.worst = self.worst.max(if error == 0.0 { 0.0 } else { error / bound });
-        // False where one is NaN. Measured inputs are finite, and so is every bound.
-        let is_right = error <= bound && bound.is_finite();
-        if !is_right {
-            self.wrong.get_or_insert(Wrong { at: Element { tensor, index }, got, expected, bound });
-        }
-    }
-
-    fn add(&mut self, other: Verdict) {
-        self.compared += other.compared;
-        self.worst = self.worst.max(other.worst);
-        self.wrong = self.wrong.or(other.wrong);
-    }
-}
-
 /// Runs one sample and checks its last call, on all threads.
-pub fn check<H: Harness>(h: &H, driver: &mut Driver<'_, H>) -> Result<Verdict>
+pub fn check<H: Harness>(h: &H, driver: &mut Driver<'_, H>) -> Result<Tally>
 where
     H::Backend: Clone,
 {
@@ -51,14 +20,14 @@ where
     let threads = crate::environment::threads();
     // The first kv heads first, so that the first wrong value is the same on any number of threads.
     let heads = call.case.kv_heads;
-    let mut verdict = Verdict::default();
+    let mut tally = Tally::default();
     std::thread::scope(|scope| {
         let part = |i: usize| i * heads / threads..(i + 1) * heads / threads;
         let parts: Vec<_> = (0..threads).map(|i| scope.spawn(move || call.heads(part(i)))).collect();
         for part in parts {
-            verdict.add(part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+            tally.add(&part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
         }
-        Ok(verdict)
+        Ok(tally)
     })
 }
 
@@ -97,17 +66,17 @@ impl Call {
         Ok(Call { case, shape: driver.shape, limits, q, o, kv, mem, beta, state })
     }
 
-    fn heads(&self, kv_heads: Range<usize>) -> Result<Verdict> {
-        let mut verdict = Verdict::default();
+    fn heads(&self, kv_heads: Range<usize>) -> Result<Tally> {
+        let mut tally = Tally::default();
         for kv_head in kv_heads {
-            self.rows(kv_head, &mut verdict)?;
-            self.state(kv_head, &mut verdict)?;
+            self.rows(kv_head, &mut tally)?;
+            self.state(kv_head, &mut tally)?;
         }
-        Ok(verdict)
+        Ok(tally)
     }
 
     /// `o` and `mem_o` of the query heads that read `kv_head`.
-    fn rows(&self, kv_head: usize, verdict: &mut Verdict) -> Result<()> {
+    fn rows(&self, kv_head: usize, tally: &mut Tally) -> Result<()> {
         let PerfCase { head_dim: d, batch, history, rows, mem_len, .. } = self.case;
         let group = self.shape.group();
         let (own, heads) = (kv_head..kv_head + 1, kv_head * group..(kv_head + 1) * group);
@@ -150,17 +119,21 @@ impl Call {
                     fam_ref::infini_retrieve(q.row(&[n, r, h]), m, z)
                 });
                 let read = read.transpose()?;
-                let gate = fam_ref::gate(self.beta[heads.start + h]);
+                let beta = self.beta[heads.start + h];
+                let [of_memory, of_local] = [beta, -beta].map(fam_ref::gate);
                 for c in 0..d {
-                    let (expected, bound) = match &read {
-                        None => (o[c], bound.o(&condition(c))),
+                    let (expected, bound, magnitude) = match &read {
+                        None => (o[c], bound.o(&condition(c)), a[c]),
                         Some(read) => {
-                            let a = [read.a[c], infini_read_bound(d, read.magnitude[c], read.a[c])];
+                            let memory = [read.a[c], infini_read_bound(d, read.magnitude[c], read.a[c])];
                             let local = [o[c], bound.o_f32(&condition(c))];
-                            (gate * a[0] + (1.0 - gate) * o[c], bound.gated(gate, a, local))
+                            let bound = bound.gated([of_memory, of_local], memory, local);
+                            let magnitude = of_memory * read.magnitude[c] + of_local * a[c];
+                            (of_memory * read.a[c] + of_local * o[c], bound, magnitude)
                         }
                     };
-                    verdict.value(name, [n, 0, r, heads.start + h, c], [got[c], expected], bound);
+                    let at = Element { tensor: name, index: [n, 0, r, heads.start + h, c] };
+                    tally.near(at, got[c], expected, Tolerance { bound, magnitude });
                 }
             }
         }
@@ -168,7 +141,7 @@ impl Call {
     }
 
     /// m and z that the call has written, from those that it has read.
-    fn state(&self, kv_head: usize, verdict: &mut Verdict) -> Result<()> {
+    fn state(&self, kv_head: usize, tally: &mut Tally) -> Result<()> {
         let (Some([before, after]), Some(rule)) = (&self.state, self.case.infini) else { return Ok(()) };
         let PerfCase { head_dim: d, history, rows, .. } = self.case;
         let [m, z] = of_head(before, kv_head, d);
@@ -178,16 +151,12 @@ impl Call {
             rows.collect::<Vec<_>>()
         });
         let written = fam_ref::infini_write(rule, &k, &v, m, z)?;
-        for (at, (got, expected)) in got_m.iter().zip(&written.m).enumerate() {
-            let delta = match rule {
-                InfiniRule::Linear => 0.0,
-                _ => infini_delta(rows, d, written.s_read[at], written.s_diff[at]),
-            };
-            let bound = infini_write_bound(rows, written.s_v[at], *expected) + delta;
-            verdict.value("m", [0, 0, at / d, kv_head, at % d], [*got, *expected], bound);
+        let [of_m, of_z] = infini_write_bounds(rows, &written);
+        for (x, ((got, expected), of)) in got_m.iter().zip(&written.m).zip(of_m).enumerate() {
+            tally.near(Element { tensor: "m", index: [0, 0, x / d, kv_head, x % d] }, *got, *expected, of);
         }
-        for (c, (got, expected)) in got_z.iter().zip(&written.z).enumerate() {
-            verdict.value("z", [0, 0, 0, kv_head, c], [*got, *expected], infini_z(rows, written.s_sum[c], *expected));
+        for (c, ((got, expected), of)) in got_z.iter().zip(&written.z).zip(of_z).enumerate() {
+            tally.near(Element { tensor: "z", index: [0, 0, 0, kv_head, c] }, *got, *expected, of);
         }
         Ok(())
     }

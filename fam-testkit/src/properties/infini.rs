@@ -73,9 +73,9 @@ where
                 den += w;
                 a.iter_mut().zip(&v[row..row + d]).for_each(|(a, v)| *a += w * v);
             }
-            let g = fam_ref::gate(beta);
+            let [of_memory, of_local] = [beta, -beta].map(fam_ref::gate);
             for (o, a) in o[at..at + d].iter_mut().zip(a) {
-                *o = (1.0 - g) * *o + if den > 0.0 { g * a / den } else { 0.0 };
+                *o = of_local * *o + if den > 0.0 { of_memory * a / den } else { 0.0 };
             }
         }
     }
@@ -121,7 +121,7 @@ where
     let (heads, d) = (s.heads(), s.head_dim());
     let mut o = vec![0.0; linear.q.values().len()];
     for (n, t, head) in positions(&linear, heads) {
-        let share = if t < s.block_len() { 1.0 - fam_ref::gate(beta[head]) } else { 1.0 };
+        let share = if t < s.block_len() { fam_ref::gate(-beta[head]) } else { 1.0 };
         let (at, row) = (((n * linear.tokens + t) * heads + head) * d, head / s.group() * d);
         (0..d).for_each(|c| o[at + c] = share * v[row + c]);
     }

@@ -1,11 +1,12 @@
 //! Properties 6 and 12: keys split and merged, and the sink as a factor.
 
-use super::{Near, suitable};
-use crate::attend::{launch, reference};
+use super::{conclude, suitable};
+use crate::attend::{launch, problem};
 use crate::case::{Case, KeySource};
-use crate::check::Element;
+use crate::check::{Element, Tally};
 use crate::data::{Data, Role};
 use crate::distribution::Distribution;
+use crate::distribution::exp2;
 use crate::finite::magnitude;
 use crate::guard::POISON;
 use crate::harness::Harness;
@@ -13,7 +14,7 @@ use crate::launch::Stop;
 use crate::merge::{self, Part};
 use crate::rng::Rng;
 use crate::runner::Passed;
-use crate::tolerance::{Bound, Condition, Level, merged_lse, tiles};
+use crate::tolerance::{Bound, Condition, Level, Tolerance, U32, merged_lse, tiny};
 use fam_core::{Dtype, Op, Shape, Span, Window};
 
 /// Logits that f32 rounds, so that S is what it says, and values well inside f32.
@@ -51,7 +52,8 @@ pub(super) fn splits<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, St
     };
     let whole = part(0, keys);
     let data = Data::new(&whole);
-    let expected = reference(&whole, &data)?.rows.ok_or_else(|| Stop::Failed("no rows".into()))?;
+    let problem = problem(&whole, &data)?;
+    let expected = problem.rows(false).ok_or_else(|| Stop::Failed("no rows".into()))?;
     let mut parts = Vec::new();
     for [first, end] in [[0, cuts[0]], [cuts[0], cuts[1]], [cuts[1], keys]] {
         if first < end {
@@ -71,29 +73,28 @@ pub(super) fn splits<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, St
 
     let limits = h.limits();
     let bound = Bound::new(Level::Hard, s.dtype(), Dtype::F32, &limits);
-    let mut near = Near::default();
-    for n in 0..whole.batch() {
-        for head in 0..s.heads() {
-            let at = [n, 0, 0, head];
-            let c = condition(&whole, &expected, at, limits.key_tile);
-            let lse_bound = bound.lse(expected.lse[at], &c);
-            // Every part is as far off as the whole would be; each merge rounds, and leans on lse that are off.
-            let lse_error = (merges + 1.0) * (lse_bound + merged_lse(expected.lse[at].abs() + 2.0 * c.s));
-            for (x, &got) in merged.o.row(&at).iter().enumerate() {
-                let (o, a) = (expected.o.row(&at)[x], expected.a.row(&at)[x]);
-                let weights = bound.merged(o, [0.5, 2.0 * a], [0.5, 2.0 * a], 2.0 * c.s) * merges;
-                let error = bound.o(&Condition { o, a, ..c }) + 2.0 * a * lse_error + weights;
-                near.element(Element { tensor: "o", index: [n, 0, 0, head, x] }, got, o, error);
-            }
-            near.element(
-                Element { tensor: "lse", index: [n, 0, 0, head, 0] },
-                merged.lse.row(&at)[0],
-                expected.lse[at],
-                lse_error,
-            );
+    let mut tally = Tally::default();
+    for at in problem.indices(false) {
+        let [n, i, r, head] = at;
+        let row = problem.row(false, expected, at, &limits);
+        // A part may begin inside a tile.
+        let c = Condition { tiles: row.condition.tiles + 1.0, ..row.condition };
+        // No lse of a part is larger than this, so no two are further apart than twice it.
+        let lse_max = expected.s[at] + c.n.ln();
+        let lse_error = bound.lse(lse_max, &c) + merges * merged_lse(lse_max);
+        let merging = U32 * (3.0 * 2.0 * lse_max + 14.0);
+        for (x, &got) in merged.o.row(&at).iter().enumerate() {
+            let (o, a) = (row.o[x], row.a[x]);
+            let parts = bound.o_f32(&Condition { o, a, ..c }) + U32 * a + tiny(Dtype::F32);
+            let weights = 2.0 * a * lse_error;
+            let merging = merges * (merging * a + exp2(-147) * c.v_max + exp2(-149));
+            let tolerance = Tolerance { bound: parts + weights + merging, magnitude: a };
+            tally.near(Element { tensor: "o", index: [n, i, r, head, x] }, got, o, tolerance);
         }
+        let tolerance = Tolerance { bound: lse_error, magnitude: lse_max };
+        tally.near(Element { tensor: "lse", index: [n, i, r, head, 0] }, merged.lse.row(&at)[0], row.lse, tolerance);
     }
-    near.conclude(&whole)
+    conclude(&whole, tally)
 }
 
 /// The keys of positions `first .. end`, of data whose first key is at 0.
@@ -111,22 +112,6 @@ fn cut(data: &Data, first: u64, end: u64) -> Data {
     part
 }
 
-fn condition(case: &Case, rows: &fam_ref::Rows, at: [usize; 4], key_tile: usize) -> Condition {
-    let span = &case.spans[at[0]];
-    let position = span.start + at[2] as u64;
-    let keys = span.window_first(position, &case.shape)..position + 1;
-    Condition {
-        o: 0.0,
-        a: 0.0,
-        s: rows.s[at],
-        sink: 0.0,
-        n: rows.n[at],
-        tiles: tiles(keys, case.shape.block_len(), span.mem_rows as usize, key_tile),
-        d: case.shape.head_dim() as f64,
-        v_max: rows.v_max[at],
-    }
-}
-
 /// 12: what the kernel gives with a sink is what it gives without, times the share that the sink leaves.
 pub(super) fn sink<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, Stop> {
     let without = suitable(seed, |c| is_plain(c) && c.rows && !c.fused);
@@ -135,27 +120,25 @@ pub(super) fn sink<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, Stop
     let data = Data::new(&with);
     let rows = |case| launch(h, case, &data, POISON)?.rows.ok_or_else(|| Stop::Failed("no rows".into()));
     let (without_sink, with_sink) = (rows(&without)?, rows(&with)?);
-    let expected = reference(&without, &data)?.rows.ok_or_else(|| Stop::Failed("no rows".into()))?;
+    let problem = problem(&without, &data)?;
+    let expected = problem.rows(false).ok_or_else(|| Stop::Failed("no rows".into()))?;
     let limits = h.limits();
     let bound = Bound::new(Level::Hard, with.shape.dtype(), Dtype::F32, &limits);
-    let mut near = Near::default();
-    for place in with.places(Role::O) {
-        let [n, i, r] = place.value;
-        for head in 0..with.shape.heads() {
-            let (at, sink) = ([n, i, r, head], data.get(Role::Sink).data[head]);
-            let lse = without_sink.lse.as_ref().map_or(f64::NAN, |lse| lse.row(&at)[0]);
-            let share = fam_ref::gate(lse - sink);
-            let c = condition(&with, &expected, at, limits.key_tile);
-            let sunk = Condition { sink: magnitude(sink), ..c };
-            let lse_error = bound.lse(lse, &c);
-            for (x, &got) in with_sink.o.row(&at).iter().enumerate() {
-                let (o, a) = (without_sink.o.row(&at)[x], expected.a.row(&at)[x]);
-                let plain = bound.o(&Condition { o, a, ..c });
-                let rounded = bound.o(&Condition { o: o * share, a: a * share, ..sunk });
-                let error = share * plain + rounded + share * o.abs() * lse_error;
-                near.element(Element { tensor: "o", index: [n, i, r, head, x] }, got, o * share, error);
-            }
+    let mut tally = Tally::default();
+    for at in problem.indices(false) {
+        let ([n, i, r, head], sink) = (at, data.get(Role::Sink).data[at[3]]);
+        let lse = without_sink.lse.as_ref().map_or(f64::NAN, |lse| lse.row(&at)[0]);
+        let share = fam_ref::gate(lse - sink);
+        let row = problem.row(false, expected, at, &limits);
+        let sunk = Condition { sink: magnitude(sink), ..row.condition };
+        let lse_error = bound.lse(lse, &row.condition);
+        for (x, &got) in with_sink.o.row(&at).iter().enumerate() {
+            let (o, a) = (without_sink.o.row(&at)[x], row.a[x]);
+            let plain = bound.o(&Condition { o, a, ..row.condition });
+            let rounded = bound.o(&Condition { o: o * share, a: a * share, ..sunk });
+            let tolerance = Tolerance { bound: share * plain + rounded + share * o.abs() * lse_error, magnitude: share * a };
+            tally.near(Element { tensor: "o", index: [n, i, r, head, x] }, got, o * share, tolerance);
         }
     }
-    near.conclude(&with)
+    conclude(&with, tally)
 }

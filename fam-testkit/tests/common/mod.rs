@@ -2,7 +2,7 @@
 
 use fam_core::Result;
 use fam_cpu::{Cpu, Par, Pool};
-use fam_testkit::{Harness, Queue};
+use fam_testkit::{Harness, Limits, Queue};
 
 /// The CPU on the caller's thread, or on a pool of its own.
 pub struct CpuHarness {
@@ -33,5 +33,9 @@ impl Harness for CpuHarness {
             None => work(&mut Par::Serial),
             Some(pool) => work(&mut Par::Pool(pool)),
         }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits::default().key_tile(fam_cpu::BLOCK_N)
     }
 }
