@@ -305,3 +305,45 @@ impl Row<'_> {
         (self.lse, rule)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lowest_bits() {
+        let of = [1.0, 3.0, 12.0, 0.75, -640.0, f64::from(f32::MAX), f64::from(f32::from_bits(1)), f64::from(f32::from_bits(6))];
+        assert_eq!(of.map(lowest_bit), [0, 0, 2, -2, 7, 104, -149, -148]);
+    }
+
+    /// What is called exact is: sums in f32 in three orders give the sum in f64. What is not exact is not called so.
+    #[test]
+    fn exact_logits_are_found() {
+        let huge = f64::from(f32::MAX) / 4.0;
+        let (thirds, pi) = (f64::from(1f32 / 3.0), f64::from(std::f32::consts::PI));
+        for (q, k, scale, exact) in [
+            ([3.0, -5.0, 7.0], [2.0, 6.0, -1.0], 1.0, true),
+            ([3.0, -5.0, 7.0], [2.0, 6.0, -1.0], 0.3, false),
+            ([0.0, 1.0, 0.0], [pi, huge, 5.0], 1.0, true),
+            ([0.0, 1.0, 0.0], [pi, huge, 5.0], 8.0, false),
+            ([65504.0, -65504.0, 65504.0], [2.0, 2.0, -1.0], 0.125, true),
+            ([2e6, 4.0, 1.0], [8.0, 4.0, 1.0], 1.0, true),
+            ([2e6, 4.0, 1.0], [9.0, 4.0, 1.0], 1.0, false),
+            ([thirds, thirds, 0.0], [1.0, 1.0, 1.0], 1.0, false),
+            // Integers times one power of two, each in a channel of another size.
+            ([1024.0, 1.0 / 1024.0, 2.0], [1.0 / 512.0, 4096.0, 3.0], -4.0, true),
+            ([2f64.powi(-100), 0.0, 0.0], [2f64.powi(-40), 0.0, 0.0], 1.0, true),
+            ([2f64.powi(-100), 0.0, 0.0], [2f64.powi(-40), 0.0, 0.0], 2f64.powi(-10), false),
+            ([2f64.powi(-100), 0.0, 0.0], [2f64.powi(-50), 0.0, 0.0], 1.0, false),
+        ] {
+            assert_eq!(is_exact(&q, &k, scale), exact, "{q:?} {k:?} {scale}");
+            if exact {
+                let sum: f64 = q.iter().zip(&k).map(|(q, k)| q * k).sum();
+                for order in [[0, 1, 2], [2, 1, 0], [1, 2, 0]] {
+                    let rounded = order.iter().map(|&c| q[c] as f32 * k[c] as f32).fold(0f32, |sum, x| sum + x) * scale as f32;
+                    assert_eq!(f64::from(rounded), sum * scale, "{q:?} {k:?} {scale}");
+                }
+            }
+        }
+    }
+}

@@ -338,6 +338,32 @@ mod tests {
         assert!(error <= allowed && error > allowed - exp2(-149), "{error:e} of {allowed:e}");
     }
 
+    /// A merge in f32 without a fault, at any distance: within the bound, which does not grow with a distance that has no weight.
+    #[test]
+    fn a_merge_is_held_to_what_its_smaller_weight_can_do() {
+        let limits = Limits::default();
+        let bound = Bound::new(Level::Hard, Dtype::F32, Dtype::F32, &limits);
+        let mut rng = crate::Rng::new(3);
+        let mut worst = 0f64;
+        for _ in 0..20_000 {
+            let (lse_a, lse_b) = ((30.0 * rng.normal()) as f32, (30.0 * rng.normal()) as f32);
+            let (o_a, o_b) = (rng.normal() as f32, (100.0 * rng.normal()) as f32);
+            let max = lse_a.max(lse_b);
+            let (w_a, w_b) = ((lse_a - max).exp(), (lse_b - max).exp());
+            let got = (w_a * o_a + w_b * o_b) / (w_a + w_b);
+            let parts = [[o_a], [o_b]].map(|o| o.map(f64::from));
+            let (expected, lse) = fam_ref::merge(&parts[0], lse_a.into(), &parts[1], lse_b.into()).unwrap();
+            let weigh = |lse_x: f32, o: f32| [(f64::from(lse_x) - lse).exp(), o.into()];
+            let difference = f64::from(lse_a - lse_b).abs();
+            let allowed = bound.merged(expected[0], weigh(lse_a, o_a), weigh(lse_b, o_b), difference);
+            worst = worst.max((f64::from(got) - expected[0]).abs() / allowed);
+        }
+        assert!(worst <= 1.0 && worst > 0.2, "{worst}");
+        // 100 apart: nothing but the roundings of the larger part, which are not those of the distance.
+        let apart = bound.merged(1.0, [1.0, 1.0], [(-100f64).exp(), 1.0], 100.0);
+        assert!(apart < 10.0 * U32, "{apart:e}");
+    }
+
     fn approx(a: f64, b: f64) {
         assert!((a - b).abs() < 1e-12, "{a} {b}");
     }
