@@ -326,7 +326,7 @@ pub fn edges(shape: &Shape, span: &Span, at: &Element, limits: &Limits) -> Strin
     for (sizes, place, edge) in [
         (&TILES[..], r, "first row of a tile"),
         (&TILES, r + 1, "last row of a tile"),
-        (key_tiles, seen - 1, "its last key the first of a tile"),
+        (key_tiles, seen.saturating_sub(1), "its last key the first of a tile"),
         (key_tiles, seen, "its last key the last of a tile"),
     ] {
         let there: Vec<_> = sizes.iter().filter(|size| place > 0 && place.is_multiple_of(**size)).map(usize::to_string).collect();
