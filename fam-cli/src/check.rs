@@ -20,17 +20,22 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
     let case = CaseFile::open(&args.case).map_err(|e| of(&args.case, e))?;
     let outputs = read_file(&args.output).and_then(|bytes| read_outputs(&bytes, &case)).map_err(|e| of(&args.output, e))?;
     // Nothing is known of the kernel but its results.
-    let verdict = Reference::new(&case)?.judge(&case, &outputs, &Limits::any_kernel());
+    let reference = report.busy("reference", || Reference::new(&case))?;
+    let verdict = report.busy("judging", || reference.judge(&case, &outputs, &Limits::any_kernel()));
     for (name, worst) in &verdict.worst {
         report.line(format!("{name:8} worst error {:.3} of its bound", worst.ratio))?;
         report.record("output", json!({ "name": name, "worst": worst.ratio }))?;
     }
     report.record(
         "verdict",
-        json!({ "right": verdict.wrong.is_none(), "compared": verdict.compared,
+        json!({ "right": verdict.wrong.is_none() && verdict.compared > 0, "compared": verdict.compared,
                 "wrong": verdict.wrong.as_ref().map(|(wrong, edges)| format!("{wrong} ({edges})")) }),
     )?;
     match verdict.wrong {
+        None if verdict.compared == 0 => {
+            report.line("not right: nothing was compared, since the case has no row of these outputs")?;
+            Ok(Outcome::Wrong)
+        }
         None => {
             report.line(format!("right: {} values within the bound", verdict.compared))?;
             Ok(Outcome::Right)

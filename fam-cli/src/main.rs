@@ -10,10 +10,12 @@ mod endless;
 mod environment;
 mod info;
 mod perf;
+mod replace;
 mod report;
 mod run;
 mod test;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -59,22 +61,25 @@ pub type Failure = Box<dyn std::error::Error>;
 fn main() -> ExitCode {
     let done = match Args::try_parse() {
         Ok(args) => run(args),
-        // Help and version are no errors; an error is its first line.
-        Err(error) if !error.use_stderr() => error.exit(),
-        Err(error) => {
-            let text = error.to_string();
-            let line = text.lines().next().unwrap_or_default();
-            Err(line.strip_prefix("error: ").unwrap_or(line).into())
-        }
+        // Help and version are no errors, and no arguments at all ask for help.
+        Err(error) if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => error.exit(),
+        Err(error) => Err(one_line(&error.to_string()).into()),
     };
     match done {
         Ok(Outcome::Right) => ExitCode::SUCCESS,
         Ok(Outcome::Wrong) => ExitCode::from(1),
         Err(failure) => {
-            eprintln!("fam: {}", failure.to_string().replace('\n', " "));
+            eprintln!("fam: {}", one_line(&failure.to_string()));
             ExitCode::from(2)
         }
     }
+}
+
+/// All lines of an error in one, without what every error of clap begins and ends with.
+fn one_line(error: &str) -> String {
+    let lines = error.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("For more information"));
+    let line = lines.collect::<Vec<_>>().join(" ");
+    line.trim_start_matches("error: ").to_string()
 }
 
 fn run(args: Args) -> Result<Outcome, Failure> {

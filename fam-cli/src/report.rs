@@ -5,6 +5,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::io::Write;
+use std::time::Duration;
 
 /// Version of the JSON Lines; grows when a field changes its meaning or goes.
 pub const JSON_VERSION: u32 = 1;
@@ -47,6 +48,17 @@ impl Report {
         let bar = if self.json { ProgressBar::hidden() } else { ProgressBar::new(total) };
         bar.set_prefix(what);
         style.map_or(bar.clone(), |style| bar.with_style(style.progress_chars("=> ")))
+    }
+
+    /// Does work whose length nobody knows, with a turning sign and the seconds that it has taken beside `what`; hidden as the bar is.
+    pub fn busy<T>(&self, what: &str, work: impl FnOnce() -> T) -> T {
+        let style = ProgressStyle::with_template("{spinner} {msg} ({elapsed})");
+        let sign = if self.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
+        let sign = style.map_or(sign.clone(), |style| sign.with_style(style)).with_message(what.to_string());
+        sign.enable_steady_tick(Duration::from_millis(100));
+        let done = work();
+        sign.finish_and_clear();
+        done
     }
 }
 

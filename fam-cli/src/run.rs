@@ -1,13 +1,14 @@
 //! `fam run`: real activations, or a case file, through the kernels in three ways, checked.
 
 use crate::backend::{self, Job};
+use crate::replace::Replacement;
 use crate::report::Report;
 use crate::{Failure, Outcome, endless};
 use fam::{Backend, Dtype, Streams, Window};
 use fam_testkit::{CaseFile, Harness, Mode, Reference, Tensor, Verdict, replay, write_outputs};
 use serde_json::json;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Two samples of a real language model's activations, with results computed elsewhere.
@@ -44,6 +45,11 @@ fn mode(name: &str) -> Result<Mode, String> {
 pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
     // A backend that is not there is the first thing to say.
     fam::select(args.backend.backend)?;
+    if let (Some(case), Some(output)) = (&args.case, &args.output)
+        && is_same_file(case, output)
+    {
+        return Err(format!("output = {}: another file than the case", output.display()).into());
+    }
     let cases = match &args.case {
         None => SAMPLES.into_iter().map(|(name, bytes)| Ok((name.to_string(), CaseFile::read(bytes)?))).collect(),
         Some(path) => {
@@ -72,11 +78,16 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
     if args.case.is_none() && args.tokens.is_none() {
         report.line("\nNext:")?;
         report.line("  fam run --tokens 1000000       the same blocks as one endless stream, in constant memory")?;
-        report.line("  fam run CASE.safetensors       activations of your own model (the format: cargo doc, fam_testkit)")?;
+        report.line("  fam run CASE.safetensors       activations of your own model (the format: docs/casefile.md)")?;
         report.line("  fam test --cases 10000         generated cases against the reference, on this machine")?;
         report.line("  fam info                       backends and kernels")?;
     }
     Ok(all)
+}
+
+/// Whether both paths lead to one file that exists.
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// The case in words.
@@ -125,21 +136,18 @@ impl Job for Replays<'_> {
     {
         let Replays { name, case, args, report } = self;
         report.line(format!("  backend   {} ({reason})", h.backend().name()))?;
-        // Found now rather than after the work.
-        if let Some(path) = &args.output {
-            std::fs::write(path, []).map_err(|e| format!("{}: {e}", path.display()))?;
-        }
+        let output = args.output.as_deref().map(Replacement::new).transpose()?;
         let modes: Vec<Mode> = args.mode.map_or_else(|| Mode::ALL.to_vec(), |m| vec![m]);
-        let reference = Reference::new(case)?;
+        let reference = report.busy("reference", || Reference::new(case))?;
         let mut outcome = Outcome::Right;
         let mut first: Option<BTreeMap<String, Tensor>> = None;
         let mut agree = true;
         for mode in &modes {
             let start = Instant::now();
-            let outputs = replay(h, case, *mode)?;
+            let outputs = report.busy(mode.name(), || replay(h, case, *mode))?;
             let time = start.elapsed();
-            let verdict = reference.judge(case, &outputs, &h.limits());
-            if verdict.wrong.is_some() {
+            let verdict = report.busy("judging", || reference.judge(case, &outputs, &h.limits()));
+            if verdict.wrong.is_some() || verdict.compared == 0 {
                 outcome = Outcome::Wrong;
             }
             say(name, case, *mode, &verdict, time, report)?;
@@ -154,8 +162,8 @@ impl Job for Replays<'_> {
             report.record("modes", json!({ "case": name, "bitwise": agree }))?;
         }
         state(h, name, case, report)?;
-        if let (Some(path), Some(outputs)) = (&args.output, &first) {
-            std::fs::write(path, write_outputs(outputs)?).map_err(|e| format!("{}: {e}", path.display()))?;
+        if let (Some(path), Some(output), Some(outputs)) = (&args.output, output, &first) {
+            output.finish(&write_outputs(outputs)?)?;
             report.line(format!("  written   {}", path.display()))?;
         }
         Ok(outcome)
@@ -166,6 +174,9 @@ fn say(name: &str, case: &CaseFile, mode: Mode, verdict: &Verdict, time: Duratio
     let tokens: u64 = case.lengths.iter().sum();
     let rate = tokens as f64 / time.as_secs_f64();
     match &verdict.wrong {
+        None if verdict.compared == 0 => {
+            report.line(format!("  {:9} NOTHING was compared: no stream has a token", mode.name()))?
+        }
         None => report.line(format!(
             "  {:9} right: {} values, worst error {:.3} of its bound; {} tokens/s",
             mode.name(),
@@ -178,7 +189,7 @@ fn say(name: &str, case: &CaseFile, mode: Mode, verdict: &Verdict, time: Duratio
     let worst: BTreeMap<_, _> = verdict.worst.iter().map(|(name, w)| (*name, w.ratio)).collect();
     report.record(
         "replay",
-        json!({ "case": name, "mode": mode.name(), "right": verdict.wrong.is_none(), "compared": verdict.compared,
+        json!({ "case": name, "mode": mode.name(), "right": verdict.wrong.is_none() && verdict.compared > 0, "compared": verdict.compared,
                 "worst": worst, "seconds": time.as_secs_f64(), "tokens": tokens,
                 "wrong": verdict.wrong.as_ref().map(|(w, edges)| format!("{w} ({edges})")) }),
     )

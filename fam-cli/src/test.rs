@@ -47,9 +47,12 @@ pub struct Args {
     /// Only every n-th check, from number i (counted from 0) on: i/n.
     #[arg(long, default_value = "0/1", value_parser = shard)]
     shard: (u64, u64),
-    /// Run the checks in child processes: a crash, or a hang of 60 s, is one failed check.
+    /// Run the checks in child processes: a crash, or a hang, is one failed check.
     #[arg(long, conflicts_with_all = ["seconds", "list", "replay"])]
     isolate: bool,
+    /// With --isolate: a check that takes longer hangs.
+    #[arg(long, default_value = "60", value_name = "SECONDS", value_parser = seconds)]
+    hang: f64,
     /// Name the checks instead of running them.
     #[arg(long, conflicts_with_all = ["seconds", "replay"])]
     list: bool,
@@ -79,13 +82,25 @@ impl Args {
         if self.stat { Level::Stat } else { Level::Hard }
     }
 
-    /// The checks of this shard with their numbers in the suite.
-    fn checks(&self) -> impl Iterator<Item = (u64, Check)> + use<> {
-        let filter =
-            Filter { ops: self.op.into_iter().collect(), dtypes: self.dtype.into_iter().collect(), text: self.filter.clone() };
+    fn filter(&self) -> Filter {
+        Filter { ops: self.op.into_iter().collect(), dtypes: self.dtype.into_iter().collect(), text: self.filter.clone() }
+    }
+
+    /// The checks of this shard with their numbers in the suite; `None` where the search for the next one goes on.
+    fn checks(&self) -> impl Iterator<Item = Option<(u64, Check)>> + use<> {
         let cases = self.seconds.is_none().then_some(self.cases);
         let (i, n) = self.shard;
-        (0..).zip(check::suite(self.seed, cases, filter)).filter(move |(number, _)| number % n == i)
+        let mut numbers = 0..;
+        check::suite(self.seed, cases, self.filter()).filter_map(move |check| match check {
+            None => Some(None),
+            Some(check) => numbers.next().filter(|number| number % n == i).map(|number| Some((number, check))),
+        })
+    }
+
+    /// How many checks this shard has, unless the filter leaves fewer cases than were asked for.
+    fn count(&self) -> u64 {
+        let (i, n) = self.shard;
+        check::count(self.cases, &self.filter()).saturating_sub(i).div_ceil(n)
     }
 
     /// The command that runs one check again.
@@ -96,9 +111,19 @@ impl Args {
 }
 
 pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
+    // A backend that is not there is the first thing to say.
+    fam::select(args.backend.backend)?;
+    if args.replay.is_none() && args.child_from.is_none() {
+        // A filter that nothing passes is bad input rather than a suite of nothing.
+        let found = report.busy("searching", || check::suite(args.seed, Some(1), args.filter()).any(|check| check.is_some()));
+        if !found {
+            let Filter { ops, dtypes, text } = args.filter();
+            return Err(format!("no case of {} matches: ops {ops:?}, dtypes {dtypes:?}, text {text:?}", check::TRIES).into());
+        }
+    }
     if args.list {
-        for (number, check) in args.checks() {
-            report.line(check.describe())?;
+        for (number, check) in args.checks().flatten() {
+            report.line(format!("{check}  {}", check.describe()))?;
             report.record("check", json!({ "number": number, "check": check.to_string(), "description": check.describe() }))?;
         }
         return Ok(Outcome::Right);
@@ -130,7 +155,8 @@ impl Job for Suite<'_> {
         let mut tally = Tally::new(args.clone());
         if let Some(check) = &args.replay {
             report.line(check.describe())?;
-            tally.add(report, check, &check.run(h, args.level()))?;
+            let outcome = report.busy("running", || check.run(h, args.level()));
+            tally.add(report, check, &outcome)?;
             return tally.conclude(report);
         }
         side_by_side(h, args, report, &mut tally)?;
@@ -147,18 +173,36 @@ where
     let in_flight_file = std::env::temp_dir().join(format!("fam-test-{}.in-flight", std::process::id()));
     report.line(format!("checks in flight, should this crash: {}", in_flight_file.display()))?;
     let end = args.seconds.map(|s| Instant::now() + Duration::from_secs_f64(s));
-    // Most of the suite are generated cases; how many checks there are in all is known at the end.
-    let expected = if args.seconds.is_some() { 0 } else { args.cases / args.shard.1 };
-    let bar = report.progress(expected, "checks");
-    let state = Mutex::new((args.checks(), BTreeSet::new(), tally, None));
+    // Along the seconds, or along the checks.
+    let (start, mut done) = (Instant::now(), 0u64);
+    let bar = match args.seconds {
+        Some(seconds) => report.progress(seconds.ceil() as u64, "seconds"),
+        None => report.progress(args.count(), "checks"),
+    };
+    let mut step = || {
+        done += 1;
+        match args.seconds {
+            Some(_) => {
+                bar.set_position(start.elapsed().as_secs());
+                bar.set_message(format!("{done} checks"));
+            }
+            None => bar.inc(1),
+        }
+    };
+    let state = Mutex::new((args.checks(), BTreeSet::new(), tally, &mut step, None));
     let worker = || {
         loop {
             let check = {
-                let (checks, in_flight, _, failure) = &mut *state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                let (checks, in_flight, .., failure) = &mut *state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 if failure.is_some() || end.is_some_and(|end| Instant::now() >= end) {
                     return;
                 }
-                let Some((_, check)) = checks.next() else { return };
+                let check = match checks.next() {
+                    None => return,
+                    // The search goes on, after a look at the clock.
+                    Some(None) => continue,
+                    Some(Some((_, check))) => check,
+                };
                 in_flight.insert(check.to_string());
                 let text: String = in_flight.iter().map(|check| format!("{}\n", args.replay_command(check))).collect();
                 // Without the file a crash is harder to find again, and nothing else.
@@ -166,13 +210,16 @@ where
                 check
             };
             let outcome = check.run(h, args.level());
-            let (_, in_flight, tally, failure) = &mut *state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let (_, in_flight, tally, step, failure) = &mut *state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             in_flight.remove(&check.to_string());
-            if let Err(error) = tally.add(report, &check, &outcome) {
+            let mut add = || tally.add(report, &check, &outcome);
+            // Only a failure is said at once, and not into the bar.
+            let added = if matches!(outcome, fam_testkit::Outcome::Failed(_)) { bar.suspend(add) } else { add() };
+            if let Err(error) = added {
                 // Not the failure itself, which may not cross threads.
                 *failure = Some(error.to_string());
             }
-            bar.inc(1);
+            step();
         }
     };
     std::thread::scope(|scope| {

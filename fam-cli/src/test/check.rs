@@ -9,6 +9,10 @@ use std::fmt;
 
 /// Of so many generated cases, one more check is a property, and one the life of some streams.
 const SHARE: u64 = 10;
+/// A suite ends where so many cases in a row fail its filter: one that nothing passes must end too. Some seconds of searching.
+pub const TRIES: u64 = 1_000_000;
+/// A search says so often that it goes on.
+const TRIES_AT_ONCE: u64 = 10_000;
 
 /// One check. Its text is what replays it: `case:0x…`, `property-Splits:0x…`, `streams:0x…`, `sample:…:step`, `refusals`.
 #[derive(Clone, Debug)]
@@ -72,22 +76,64 @@ fn samples() -> impl Iterator<Item = Check> {
     (0..SAMPLES.len()).flat_map(|i| Mode::ALL.map(|mode| Check::Sample(i, mode)))
 }
 
+/// Generated cases that pass a filter.
+struct Search {
+    seed: u64,
+    filter: Filter,
+    /// The next case to try.
+    next: u64,
+    /// Tries since the last case that passed.
+    missed: u64,
+    /// Cases still wanted.
+    left: u64,
+}
+
+impl Iterator for Search {
+    /// `None`: the search goes on. It comes back from time to time, so that whoever waits can look at a clock.
+    type Item = Option<Case>;
+
+    fn next(&mut self) -> Option<Option<Case>> {
+        if self.left == 0 || self.missed >= TRIES {
+            return None;
+        }
+        let tries = self.next..self.next + TRIES_AT_ONCE;
+        for number in tries {
+            self.next = number + 1;
+            if let Some(case) = Case::generate(case_seed(self.seed, number), &self.filter) {
+                (self.missed, self.left) = (0, self.left - 1);
+                return Some(Some(case));
+            }
+            self.missed += 1;
+        }
+        Some(None)
+    }
+}
+
 /// The suite of a seed: `cases` generated cases that pass the filter (without an end: `None`), and without a filter everything else.
-pub fn suite(seed: u64, cases: Option<u64>, filter: Filter) -> impl Iterator<Item = Check> {
-    let is_whole = filter.ops.is_empty() && filter.dtypes.is_empty() && filter.text.is_empty();
-    let fixed = samples().chain([Check::Refusals]).filter(move |_| is_whole);
-    // A filter that nothing passes must end too.
-    let tries = cases.map_or(u64::MAX, |cases| cases.saturating_mul(1000));
-    let generated = (0..tries).filter_map(move |i| Case::generate(case_seed(seed, i), &filter));
-    let generated = generated.take(cases.map_or(usize::MAX, |cases| cases as usize)).enumerate().flat_map(move |(i, case)| {
-        let number = i as u64 / SHARE;
-        let extra = (is_whole && (i as u64).is_multiple_of(SHARE)).then(|| {
+/// An item is `None` where the search for the next case goes on.
+pub fn suite(seed: u64, cases: Option<u64>, filter: Filter) -> impl Iterator<Item = Option<Check>> {
+    let is_whole = filter == Filter::default();
+    let fixed = samples().chain([Check::Refusals]).filter(move |_| is_whole).map(Some);
+    let search = Search { seed, filter, next: 0, missed: 0, left: cases.unwrap_or(u64::MAX) };
+    let mut found = 0u64;
+    let generated = search.flat_map(move |case| {
+        let mut checks = Vec::new();
+        if is_whole && found.is_multiple_of(SHARE) {
+            let number = found / SHARE;
             let (property, seed) = (PROPERTIES[number as usize % PROPERTIES.len()], case_seed(seed, number));
-            [Check::Property(property, seed), Check::Streams(seed)]
-        });
-        extra.into_iter().flatten().chain([Check::Case(Box::new(case))])
+            checks.extend([Some(Check::Property(property, seed)), Some(Check::Streams(seed))]);
+        }
+        found += u64::from(case.is_some());
+        checks.push(case.map(|case| Check::Case(Box::new(case))));
+        checks
     });
     fixed.chain(generated)
+}
+
+/// Checks of a suite of `cases` generated cases.
+pub fn count(cases: u64, filter: &Filter) -> u64 {
+    let others = samples().count() as u64 + 1 + cases.div_ceil(SHARE).saturating_mul(2);
+    if *filter == Filter::default() { cases.saturating_add(others) } else { cases }
 }
 
 impl Check {
@@ -110,14 +156,23 @@ impl Check {
             Check::Case(case) => run_case(h, case, level),
             Check::Property(property, seed) => run_property(h, *property, *seed),
             Check::Streams(seed) => run_streams(h, *seed),
-            Check::Refusals => {
-                let wrong = invalid_calls(h).into_iter().find(|(_, outcome)| matches!(outcome, Outcome::Failed(_)));
-                wrong
-                    .map_or(Outcome::Passed(Passed::default()), |(name, outcome)| Outcome::Failed(format!("{name}: {outcome:?}")))
-            }
+            Check::Refusals => all(invalid_calls(h)),
             Check::Sample(i, mode) => sample(h, SAMPLES[*i].1, *mode),
         }
     }
+}
+
+/// Many outcomes as one: the first failure; skipped where all were, since then nothing was tested.
+fn all(outcomes: Vec<(&'static str, Outcome)>) -> Outcome {
+    let failed = outcomes.iter().find_map(|(name, outcome)| match outcome {
+        Outcome::Failed(what) => Some(Outcome::Failed(format!("{name}: {what}"))),
+        _ => None,
+    });
+    let passed = outcomes.iter().any(|(_, outcome)| matches!(outcome, Outcome::Passed(_)));
+    failed.or_else(|| passed.then(|| Outcome::Passed(Passed::default()))).unwrap_or_else(|| {
+        let skipped = outcomes.into_iter().map(|(_, outcome)| outcome).next();
+        skipped.unwrap_or_else(|| Outcome::Skipped("no calls".into()))
+    })
 }
 
 fn sample<H: Harness>(h: &H, bytes: &[u8], mode: Mode) -> Outcome
@@ -138,13 +193,17 @@ where
 
 #[cfg(test)]
 mod tests {
-    use super::{Check, suite};
-    use fam_testkit::Filter;
+    use super::{Check, all, count, suite};
+    use fam_testkit::{Filter, Outcome, Passed};
 
     #[test]
     fn every_check_is_found_again_by_its_name() {
-        let checks: Vec<Check> = suite(3, Some(200), Filter::default()).collect();
+        let checks: Vec<Check> = suite(3, Some(200), Filter::default()).flatten().collect();
         assert_eq!(checks.len(), 6 + 1 + 200 + 2 * 20);
+        for cases in [0, 1, 10, 11, 200] {
+            let checks = suite(3, Some(cases), Filter::default()).flatten().count();
+            assert_eq!(count(cases, &Filter::default()), checks as u64, "{cases}");
+        }
         for check in checks {
             let again: Check = check.to_string().parse().expect("a name");
             assert_eq!(again.describe(), check.describe());
@@ -157,10 +216,24 @@ mod tests {
     #[test]
     fn a_filter_leaves_its_cases_only() {
         let filter = Filter { text: "bf16".into(), ..Filter::default() };
-        let checks: Vec<Check> = suite(1, Some(25), filter).collect();
+        assert_eq!(count(25, &filter), 25);
+        let checks: Vec<Check> = suite(1, Some(25), filter).flatten().collect();
         assert_eq!(checks.len(), 25);
         assert!(checks.iter().all(|c| matches!(c, Check::Case(case) if case.to_string().contains("bf16"))));
         let nothing = Filter { text: "no case has this".into(), ..Filter::default() };
-        assert_eq!(suite(1, Some(3), nothing).count(), 0);
+        // Without an end too, and with a word from time to time.
+        let items: Vec<Option<Check>> = suite(1, None, nothing).collect();
+        assert!(items.len() >= 100 && items.iter().all(Option::is_none), "{}", items.len());
+    }
+
+    #[test]
+    fn of_many_outcomes_all_skipped_is_skipped() {
+        let passed = || Outcome::Passed(Passed::default());
+        let skipped = || Outcome::Skipped("no ring".into());
+        let failed = || Outcome::Failed("written".into());
+        assert_eq!(all(vec![("a", skipped()), ("b", skipped())]), skipped());
+        assert_eq!(all(vec![("a", skipped()), ("b", passed())]), passed());
+        assert_eq!(all(vec![("a", passed()), ("b", failed()), ("c", skipped())]), Outcome::Failed("b: written".into()));
+        assert!(matches!(all(Vec::new()), Outcome::Skipped(_)));
     }
 }

@@ -5,13 +5,15 @@ use crate::Failure;
 use crate::report::Report;
 use fam_testkit::{Harness, Outcome, Passed};
 use serde_json::{Value, json};
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// A check that takes longer hangs.
-const HANG: Duration = Duration::from_secs(60);
+/// Lines of a dead child's standard error that its failure quotes.
+const LAST_WORDS: usize = 4;
 
 /// Runs the shard's checks from number `from` on, and reports each before and after its launch.
 pub fn child<H: Harness>(h: &H, args: &Args, from: u64)
@@ -25,7 +27,14 @@ where
             std::process::exit(1);
         }
     };
-    for (number, check) in args.checks().filter(|(number, _)| *number >= from) {
+    for found in args.checks() {
+        let Some((number, check)) = found else {
+            say(json!({ "searching": true }));
+            continue;
+        };
+        if number < from {
+            continue;
+        }
         say(json!({ "start": number, "check": check.to_string(), "description": check.describe() }));
         let (result, text) = match check.run(h, args.level()) {
             Outcome::Passed(_) => ("passed", String::new()),
@@ -39,7 +48,8 @@ where
 /// Runs the suite in one child for each thread.
 pub fn run(args: &Args, report: &Report) -> Result<Tally, Failure> {
     let workers = crate::environment::threads() as u64;
-    let bar = report.progress(args.checks().count() as u64, "checks");
+    let bar = report.progress(args.count(), "checks");
+    let hang = Duration::from_secs_f64(args.hang);
     let mut tally = Tally::new(args.clone());
     let mut failure: Option<String> = None;
     let (sender, results) = channel();
@@ -49,7 +59,8 @@ pub fn run(args: &Args, report: &Report) -> Result<Tally, Failure> {
             scope.spawn(move || {
                 let mut from = Some(0);
                 while let Some(start) = from {
-                    match watch(args, worker, workers, start, &mut |check, outcome| drop(sender.send(Ok((check, outcome))))) {
+                    let mut done = |check, outcome| drop(sender.send(Ok((check, outcome))));
+                    match command(args, worker, workers, start).and_then(|command| watch(command, hang, &mut done)) {
                         Ok(next) => from = next,
                         Err(error) => {
                             drop(sender.send(Err(error.to_string())));
@@ -62,7 +73,8 @@ pub fn run(args: &Args, report: &Report) -> Result<Tally, Failure> {
         drop(sender);
         for result in results {
             let counted = result.and_then(|(started, outcome): (Started, Outcome)| {
-                let counted = tally.count(report, &started.description, &started.check, &outcome);
+                let mut count = || tally.count(report, &started.description, &started.check, &outcome);
+                let counted = if matches!(outcome, Outcome::Failed(_)) { bar.suspend(count) } else { count() };
                 counted.map_err(|error| error.to_string())
             });
             failure = failure.take().or(counted.err());
@@ -81,14 +93,8 @@ struct Started {
     description: String,
 }
 
-/// Runs one child from check `from` on. Where it dies or hangs, the check in flight has failed and the next number is returned.
-fn watch(
-    args: &Args,
-    worker: u64,
-    workers: u64,
-    from: u64,
-    done: &mut dyn FnMut(Started, Outcome),
-) -> Result<Option<u64>, Failure> {
+/// The child that runs a worker's share of the shard's checks, from check `from` on.
+fn command(args: &Args, worker: u64, workers: u64, from: u64) -> Result<Command, Failure> {
     let (i, n) = args.shard;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["test", "--child-from", &from.to_string(), "--seed", &args.seed.to_string()]);
@@ -105,16 +111,23 @@ fn watch(
     if args.stat {
         command.arg("--stat");
     }
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-    let lines = lines(&mut child)?;
+    Ok(command)
+}
+
+/// Runs one child. Where it dies or hangs, the check in flight has failed and the next number is returned.
+fn watch(mut command: Command, hang: Duration, done: &mut dyn FnMut(Started, Outcome)) -> Result<Option<u64>, Failure> {
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let (lines, last_words) = (lines(&mut child)?, last_words(&mut child)?);
     let mut in_flight: Option<Started> = None;
     let death = loop {
-        match lines.recv_timeout(HANG) {
+        match lines.recv_timeout(hang) {
             Ok(event) => {
                 let text = |key: &str| event[key].as_str().unwrap_or_default().to_string();
                 if let Some(number) = event["start"].as_u64() {
                     in_flight = Some(Started { number, check: text("check"), description: text("description") });
-                } else if let Some(started) = in_flight.take() {
+                } else if event["done"].is_u64()
+                    && let Some(started) = in_flight.take()
+                {
                     let outcome = match event["result"].as_str() {
                         Some("passed") => Outcome::Passed(Passed::default()),
                         Some("skipped") => Outcome::Skipped(text("text")),
@@ -126,11 +139,13 @@ fn watch(
             Err(RecvTimeoutError::Timeout) => {
                 child.kill()?;
                 child.wait()?;
-                break format!("hung for {} s", HANG.as_secs());
+                break format!("hung for {} s", hang.as_secs_f64());
             }
             Err(RecvTimeoutError::Disconnected) => break format!("the process died: {}", child.wait()?),
         }
     };
+    let last_words = last_words.join().unwrap_or_default();
+    let death = if last_words.is_empty() { death } else { format!("{death}: {last_words}") };
     match in_flight {
         Some(started) => {
             let next = started.number + 1;
@@ -155,4 +170,80 @@ fn lines(child: &mut Child) -> Result<Receiver<Value>, Failure> {
         }
     });
     Ok(receiver)
+}
+
+/// The end of what the child says on standard error, in one line. Read as it comes: a full pipe would stop the child.
+fn last_words(child: &mut Child) -> Result<JoinHandle<String>, Failure> {
+    let err = child.stderr.take().ok_or("a child without standard error")?;
+    Ok(std::thread::spawn(move || {
+        let mut last = VecDeque::new();
+        for line in BufReader::new(err).lines().map_while(Result::ok).filter(|line| !line.trim().is_empty()) {
+            last.push_back(line);
+            if last.len() > LAST_WORDS {
+                last.pop_front();
+            }
+        }
+        Vec::from(last).join("; ")
+    }))
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::{Started, watch};
+    use fam_testkit::Outcome;
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    const HANG: Duration = Duration::from_millis(500);
+
+    /// What `watch` says of a child that runs this script: the outcomes of its checks, and how it ended.
+    fn watched(script: &str) -> (Vec<(String, Outcome)>, Result<Option<u64>, String>) {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]);
+        let mut outcomes = Vec::new();
+        let end = watch(shell, HANG, &mut |Started { check, .. }, outcome| outcomes.push((check, outcome)));
+        (outcomes, end.map_err(|error| error.to_string()))
+    }
+
+    const FIRST: &str = r#"echo '{"start":3,"check":"a"}'; echo '{"done":3,"result":"skipped","text":"no ring"}';"#;
+    const SECOND: &str = r#"echo '{"start":5,"check":"b"}';"#;
+
+    #[test]
+    fn a_child_that_ends_in_peace_has_done_its_checks() {
+        let (outcomes, end) = watched(FIRST);
+        assert_eq!((outcomes, end), (vec![("a".into(), Outcome::Skipped("no ring".into()))], Ok(None)));
+    }
+
+    #[test]
+    fn a_crash_is_one_failed_check_and_quotes_the_last_words() {
+        let (outcomes, end) = watched(&format!("{FIRST} {SECOND} echo lost >&2; echo 'stack overflow' >&2; kill -ABRT $$"));
+        assert_eq!(end, Ok(Some(6)), "the run goes on behind the check in flight");
+        let [(_, Outcome::Skipped(_)), (name, Outcome::Failed(why))] = &outcomes[..] else { panic!("{outcomes:?}") };
+        assert_eq!(name, "b");
+        assert!(why.contains("the process died: signal: 6") && why.ends_with(": lost; stack overflow"), "{why}");
+    }
+
+    #[test]
+    fn a_hang_is_one_failed_check_and_the_child_is_killed() {
+        let start = Instant::now();
+        let (outcomes, end) = watched(&format!("{FIRST} {SECOND} exec sleep 60"));
+        assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
+        assert_eq!(end, Ok(Some(6)));
+        assert_eq!(outcomes[1], ("b".into(), Outcome::Failed("hung for 0.5 s".into())));
+    }
+
+    #[test]
+    fn a_child_that_searches_does_not_hang() {
+        let beat = r#"sleep 0.3; echo '{"searching":true}';"#;
+        let (outcomes, end) = watched(&format!("{beat} {beat} {beat} {FIRST}"));
+        assert_eq!((outcomes.len(), end), (1, Ok(None)));
+    }
+
+    #[test]
+    fn a_death_outside_a_check_ends_the_run_in_one_line() {
+        let (outcomes, end) = watched(&format!("{FIRST} echo 'fam: no such backend' >&2; exit 2"));
+        assert_eq!(outcomes.len(), 1);
+        let error = end.unwrap_err();
+        assert!(error.contains("outside a check") && error.ends_with(": fam: no such backend"), "{error}");
+    }
 }
