@@ -50,7 +50,10 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
         std::fs::write(&path, file.to_bytes()?).map_err(|e| format!("{}: {e}", path.display()))?;
         bar.inc(1);
         report.line(format!("{}: {case}", path.display()))?;
-        report.record("case", json!({ "path": path.display().to_string(), "seed": case.seed, "case": case.to_string() }))?;
+        report.record(
+            "case",
+            json!({ "path": path.display().to_string(), "seed": crate::report::seed(case.seed), "case": case.to_string() }),
+        )?;
         written += 1;
     }
     bar.finish_and_clear();

@@ -55,11 +55,18 @@ impl Report {
         let style = ProgressStyle::with_template("{spinner} {msg} ({elapsed})");
         let sign = if self.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
         let sign = style.map_or(sign.clone(), |style| sign.with_style(style)).with_message(what.to_string());
-        sign.enable_steady_tick(Duration::from_millis(100));
+        if !sign.is_hidden() {
+            sign.enable_steady_tick(Duration::from_millis(100));
+        }
         let done = work();
         sign.finish_and_clear();
         done
     }
+}
+
+/// A seed in JSON: its 64 bits do not fit the numbers of many readers.
+pub fn seed(seed: u64) -> String {
+    format!("{seed:#018x}")
 }
 
 fn write(line: &str) -> Result<(), Failure> {

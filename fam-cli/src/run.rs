@@ -143,9 +143,10 @@ impl Job for Replays<'_> {
         let mut first: Option<BTreeMap<String, Tensor>> = None;
         let mut agree = true;
         for mode in &modes {
-            let start = Instant::now();
-            let outputs = report.busy(mode.name(), || replay(h, case, *mode))?;
-            let time = start.elapsed();
+            let (outputs, time) = report.busy(mode.name(), || {
+                let start = Instant::now();
+                replay(h, case, *mode).map(|outputs| (outputs, start.elapsed()))
+            })?;
             let verdict = report.busy("judging", || reference.judge(case, &outputs, &h.limits()));
             if verdict.wrong.is_some() || verdict.compared == 0 {
                 outcome = Outcome::Wrong;

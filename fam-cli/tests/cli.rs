@@ -5,6 +5,7 @@ use safetensors::tensor::TensorView;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 fn fam(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_fam")).args(args).output().expect("the program runs")
@@ -124,9 +125,19 @@ fn backends_are_never_replaced() {
 
 #[test]
 fn a_test_that_ran_nothing_is_a_failure() {
-    let out = fam(&["test", "--cases", "50", "--filter", "no case has this text"]);
+    let out = fam(&["test", "--cases", "1", "--filter", "bf16", "--shard", "1/2"]);
     assert_eq!(out.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&out.stdout).contains("nothing was executed"));
+}
+
+#[test]
+fn a_filter_that_no_case_passes_is_refused_and_ends() {
+    let start = Instant::now();
+    for more in [&[][..], &["--seconds", "1"], &["--cases", "100000"], &["--isolate"], &["--list"]] {
+        refused(&[&["test", "--filter", "no case has this"], more].concat(), &["no case", "1000000", "no case has this"]);
+    }
+    // Five searches of some seconds each; without a bound the second would never end.
+    assert!(start.elapsed() < Duration::from_secs(300), "{:?}", start.elapsed());
 }
 
 #[test]
@@ -146,8 +157,86 @@ fn bad_arguments_are_refused_in_one_line() {
     refused(&["test", "--shard", "4/4"], &["shard", "4/4"]);
     refused(&["test", "--isolate", "--replay", "refusals"], &["isolate", "replay"]);
     refused(&["test", "--replay", "dream:1"], &["replay", "dream:1"]);
+    refused(&["test", "--hang", "0"], &["hang", "0"]);
     refused(&["check", case, case], &["smollm2", "output"]);
-    refused(&[], &["fam"]);
+    // Names and values that clap says on lines of their own.
+    refused(&["run", "--output", "o"], &["required", "<CASE>", "Usage: fam run"]);
+    refused(&["case", "--op", "foo"], &["--op", "foo", "attend, infini"]);
+    refused(&["test", "--isolate", "--backend", "cuda"], &["cuda", "unavailable"]);
+}
+
+#[test]
+fn no_arguments_ask_for_help() {
+    let out = fam(&[]);
+    assert_eq!(out.status.code(), Some(2));
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert!(text.contains("Usage: fam") && text.contains("Judges an output file"), "{text}");
+}
+
+#[test]
+fn an_output_takes_the_place_of_a_file_whole_or_not_at_all() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = |name: &str| folder.path().join(name).to_str().expect("UTF-8").to_string();
+    let (case, output) = (path("case"), path("output"));
+    std::fs::copy(sample(), &case).expect("a copy");
+    // The case itself, also by another name of it.
+    let same = folder.path().join(".").join("case");
+    refused(&["run", &case, "--output", same.to_str().expect("UTF-8")], &["output", "another file"]);
+    assert_eq!(std::fs::read(&case).expect("the case"), std::fs::read(sample()).expect("the sample"));
+    refused(&["run", &case, "--output", folder.path().to_str().expect("UTF-8")], &["not a regular file"]);
+
+    // A replay that fails, since no kernel serves heads so wide, leaves what was there, and nothing beside it.
+    std::fs::write(&output, "older").expect("written");
+    let wide = path("wide");
+    let tensors = [("q", "F32", &[1, 4, 2, 512][..]), ("k", "F32", &[1, 4, 1, 512]), ("v", "F32", &[1, 4, 1, 512])];
+    file(Path::new(&wide), &tensors, &ATTEND, usize::MAX);
+    refused(&["run", &wide, "--output", &output], &["head_dim", "512"]);
+    assert_eq!(std::fs::read(&output).expect("the older output"), b"older");
+    std::fs::remove_file(&wide).expect("removed");
+
+    assert_eq!(fam(&["run", &case, "--mode", "prefill", "--output", &output]).status.code(), Some(0));
+    assert_eq!(fam(&["check", &case, &output]).status.code(), Some(0));
+    let names: Vec<_> = std::fs::read_dir(folder.path()).expect("a folder").map(|e| e.expect("an entry").file_name()).collect();
+    assert_eq!(names.len(), 2, "{names:?}");
+}
+
+/// A safetensors file of zeros, written in full.
+fn zeros(folder: &Path, name: &str, tensors: &[Zeros], metadata: &[(&str, &str)]) -> String {
+    let path = folder.join(name);
+    file(&path, tensors, metadata, usize::MAX);
+    path.to_str().expect("UTF-8").to_string()
+}
+
+#[test]
+fn comparing_nothing_is_not_right() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let here = folder.path();
+    // Exit code and standard output hold what was found.
+    let nothing = |args: &[&str], words: &str| {
+        let out = fam(args);
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert_eq!(out.status.code(), Some(1), "{args:?}: {text}");
+        assert!(text.contains(words), "{args:?}: {words:?} is not in {text}");
+    };
+    let case = zeros(here, "case", &[Q, K, V], &ATTEND);
+    let o: Zeros = ("o", "F32", &[1, 4, 2, 8]);
+    assert_eq!(fam(&["check", &case, &zeros(here, "o", &[o], &[])]).status.code(), Some(0));
+    // Outputs that nothing is compared with: alone, and beside one that is right.
+    let m: Zeros = ("m", "F32", &[1, 1, 8, 8]);
+    let mem_o: Zeros = ("mem_o", "F32", &[1, 2, 0, 2, 8]);
+    refused(&["check", &case, &zeros(here, "m", &[m], &[])], &["m: an output of this case: o, lse"]);
+    refused(&["check", &case, &zeros(here, "m", &[o, m], &[])], &["m: an output of this case: o, lse"]);
+    refused(&["check", &case, &zeros(here, "mem_o", &[o, mem_o], &[])], &["mem_o: an output of this case: o, lse"]);
+    // A stream without tokens; a stream that ends in its window.
+    let mut empty = CaseFile::open(&case).expect("the case");
+    empty.lengths = vec![0];
+    let path = here.join("empty");
+    std::fs::write(&path, empty.to_bytes().expect("bytes")).expect("written");
+    let path = path.to_str().expect("UTF-8");
+    nothing(&["check", path, &zeros(here, "o", &[o], &[])], "nothing was compared");
+    nothing(&["run", path], "NOTHING was compared");
+    nothing(&["run", &case, "--tokens", "2"], "NOTHING   was compared");
+    assert_eq!(fam(&["run", &case, "--tokens", "1000"]).status.code(), Some(0));
 }
 
 #[test]

@@ -1,7 +1,7 @@
-//! The README's output blocks come from the real program, and its code blocks from the files that they name.
+//! Output blocks of the documents come from the real program, and code blocks from the files that they name.
 //!
-//! Figures differ between machines and runs: every number is masked before the comparison. `UPDATE_README=1 cargo test --release -p fam-cli
-//! --test readme` writes the blocks anew.
+//! Figures differ between machines and runs: in output, and only there, every number is masked before the comparison.
+//! `UPDATE_README=1 cargo test --release -p fam-cli --test readme` writes the blocks anew.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -40,52 +40,64 @@ fn masked(text: &str) -> String {
     out
 }
 
-/// A marked block of the README: what follows the marker line, between fences or up to the next blank line.
+/// A marked block of a document: what follows the marker line, between fences or up to the next blank line.
 struct Block {
+    document: &'static str,
     marker: String,
     fence: Option<&'static str>,
     text: String,
+    /// What of the text must agree.
+    compared: fn(&str) -> String,
+}
+
+fn output(command: &str, fence: Option<&'static str>) -> Block {
+    let args: Vec<&str> = command.split(' ').skip(1).collect();
+    let marker = format!("<!-- output of: {command} -->");
+    Block { document: "README.md", marker, fence, text: fam(&args), compared: masked }
+}
+
+fn file(document: &'static str, path: &str, fence: &'static str) -> Block {
+    let text = std::fs::read_to_string(root().join(path)).expect(path);
+    Block { document, marker: format!("<!-- file: {path} -->"), fence: Some(fence), text, compared: str::to_string }
 }
 
 fn blocks() -> Vec<Block> {
-    let file = |path: &str| std::fs::read_to_string(root().join(path)).expect(path);
-    let block = |marker: &str, fence, text| Block { marker: format!("<!-- {marker} -->"), fence, text };
     vec![
-        block("output of: fam run", Some("```text"), fam(&["run"])),
-        block("output of: fam info --markdown", None, fam(&["info", "--markdown"])),
-        block("file: examples/readme.rs", Some("```rust"), file("examples/readme.rs")),
-        block("file: examples/python/check_your_kernel.py", Some("```python"), file("examples/python/check_your_kernel.py")),
+        output("fam run", Some("```text")),
+        output("fam info --markdown", None),
+        file("README.md", "examples/readme.rs", "```rust"),
+        file("README.md", "examples/python/check_your_kernel.py", "```python"),
+        file("docs/casefile.md", "examples/python/case_file.py", "```python"),
     ]
 }
 
-/// The README with a block's text in place, and the text that stood there.
-fn replace(readme: &str, block: &Block) -> (String, String) {
-    let start = readme.find(&block.marker).unwrap_or_else(|| panic!("README.md has no {}", block.marker)) + block.marker.len();
+/// The document with a block's text in place, and the text that stood there.
+fn replace(document: &str, block: &Block) -> (String, String) {
+    let Block { marker, text, .. } = block;
+    let start = document.find(marker).unwrap_or_else(|| panic!("{} has no {marker}", block.document)) + marker.len();
     let (open, close) = match block.fence {
         Some(fence) => (format!("\n{fence}\n"), "```\n"),
         None => ("\n".to_string(), "\n"),
     };
-    let rest = &readme[start..];
-    let body = rest.strip_prefix(open.as_str()).unwrap_or_else(|| panic!("{} is not followed by {open:?}", block.marker));
+    let rest = &document[start..];
+    let body = rest.strip_prefix(open.as_str()).unwrap_or_else(|| panic!("{marker} is not followed by {open:?}"));
     let end = body.find(&format!("\n{close}")).map_or(0, |end| end + 1);
     let (old, after) = if body.starts_with(close) { ("", body) } else { body.split_at(end) };
-    (format!("{}{open}{}{after}", &readme[..start], block.text), old.to_string())
+    (format!("{}{open}{text}{after}", &document[..start]), old.to_string())
 }
 
 #[test]
-fn blocks_are_the_real_output() {
-    let path = root().join("README.md");
-    let mut readme = std::fs::read_to_string(&path).expect("README.md");
+fn blocks_are_the_real_output_and_the_real_files() {
     let update = std::env::var_os("UPDATE_README").is_some();
     for block in blocks() {
-        let (updated, old) = replace(&readme, &block);
+        let path = root().join(block.document);
+        let document = std::fs::read_to_string(&path).expect(block.document);
+        let (updated, old) = replace(&document, &block);
         if update {
-            readme = updated;
+            std::fs::write(&path, updated).expect("a document that is writable");
         } else {
-            assert_eq!(masked(&old), masked(&block.text), "{}: refresh with UPDATE_README=1 (see CONTRIBUTING.md)", block.marker);
+            let Block { marker, compared, .. } = &block;
+            assert_eq!(compared(&old), compared(&block.text), "{marker}: refresh with UPDATE_README=1 (see CONTRIBUTING.md)");
         }
-    }
-    if update {
-        std::fs::write(&path, readme).expect("README.md is writable");
     }
 }

@@ -1,22 +1,4 @@
-//! Case files: one safetensors file holds a problem and, optionally, its expected results, so that anyone can check any implementation in
-//! any language, and any engine's dumps can be replayed.
-//!
-//! | tensor | shape | |
-//! |---|---|---|
-//! | `q` | `[N, L, Hq, D]` | f32, f16 or bf16: one dtype for all of q, k, v, `mem_*`, `infini_*` |
-//! | `k`, `v` | `[N, L, Hkv, D]` | |
-//! | `mem_q` | `[N, nb, F, Hq, D]` | optional; nb = blocks that L tokens touch from the earliest start in a block; N or nb may be 1: shared |
-//! | `mem_k`, `mem_v` | `[N, nb, F, Hkv, D]` | optional; each block's given memory |
-//! | `sink` | `[Hq]` f32 | optional |
-//! | `lengths`, `start` | `[N]` i64 | optional; default L and 0. Rows past a length are neither read nor compared |
-//! | `infini_q`, `infini_k` | as q, k | op infini, optional: without rotary positions; default q, k |
-//! | `beta` | `[Hq]` f32 | op infini: the gate is sigmoid(beta) |
-//! | `m0`, `z0` | `[N, Hkv, D, D]`, `[N, Hkv, D]` f32 | op infini, optional; default 0 |
-//! | `expected_o`, `expected_lse`, `expected_mem_o`, `expected_mem_lse`, `expected_m`, `expected_z` | as the outputs | optional, f32 |
-//!
-//! Metadata, all strings: `format` = "1", `op` = "attend" or "infini", `block_len`, exactly one of `window_blocks` and `window_tokens`,
-//! `scale` (default 1/√D), `rule` = "linear" or "delta" (op infini), `source` (free text). Other metadata is ignored; another tensor is an
-//! error, unless its name starts with `x_`.
+//! Case files: a problem and, optionally, its expected results in one safetensors file. The format is the page of [`CaseFile`].
 
 mod tensors;
 
@@ -55,6 +37,7 @@ pub struct InfiniCase {
 }
 
 /// A valid case file.
+#[doc = include_str!("../casefile.md")]
 #[derive(Clone, Debug, PartialEq)]
 pub struct CaseFile {
     /// Sizes, window, scale and dtype.

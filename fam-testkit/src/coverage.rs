@@ -100,6 +100,18 @@ impl Coverage {
         }
     }
 
+    /// Op, dtype, distribution, and how many cases had them.
+    pub fn inputs(&self) -> impl Iterator<Item = (&'static str, &'static str, Distribution, u64)> {
+        self.by_input.iter().map(|((distribution, op, dtype), cases)| (*op, *dtype, *distribution, *cases))
+    }
+
+    /// Op, axis, value, and how many cases had it; of axis `len`, how many streams.
+    pub fn axes(&self) -> impl Iterator<Item = (&'static str, &'static str, &str, u64)> {
+        self.by_axis
+            .iter()
+            .flat_map(|(&(op, axis), values)| values.iter().map(move |((_, value), count)| (op, axis, value.as_str(), *count)))
+    }
+
     /// The share of attend cases with two blocks or more, ring wrap, GQA and memory keys, all at once. At least 0.3 in a suite.
     pub fn dense_share(&self) -> f64 {
         self.dense as f64 / (self.attend as f64).max(1.0)

@@ -60,6 +60,13 @@ impl Tally {
             return Ok(());
         }
         report.line(generated.coverage.to_string())?;
+        for (op, dtype, distribution, cases) in generated.coverage.inputs() {
+            let input = json!({ "op": op, "dtype": dtype, "distribution": distribution.name(), "cases": cases });
+            report.record("coverage", input)?;
+        }
+        for (op, axis, value, count) in generated.coverage.axes() {
+            report.record("axis", json!({ "op": op, "axis": axis, "value": value, "count": count }))?;
+        }
         if let Some((worst, case)) = &generated.worst {
             report.line(format!("worst error {:.3} of its bound, in {case}", worst.ratio))?;
         }
@@ -70,7 +77,9 @@ impl Tally {
             self.fail(report, "rounding bias", &format!("{dtype} outputs lean to one side by {share:.3} of u·A"), None)?;
         }
         let (digest, worst) = (format!("{:016x}", generated.digest), generated.worst.map(|(w, _)| w.ratio));
-        report.record("suite", json!({ "seed": self.args.seed, "digest": digest, "worst": worst }))
+        let bias: BTreeMap<_, _> = generated.bias.iter().map(|(dtype, bias)| (*dtype, bias.share())).collect();
+        let seed = crate::report::seed(self.args.seed);
+        report.record("suite", json!({ "seed": seed, "digest": digest, "worst": worst, "bias": bias }))
     }
 
     /// Says the sums. Wrong where anything failed, or nothing ran.
