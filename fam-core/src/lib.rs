@@ -130,6 +130,7 @@ mod attend;
 mod backend;
 mod element;
 mod error;
+mod host;
 mod infini;
 mod merge;
 #[doc(hidden)]
@@ -146,6 +147,7 @@ pub use backend::{Backend, Device, KernelId, Op, Plan, Support};
 pub use element::{Dtype, Element};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
+pub use host::{Bytes, HostMemory};
 pub use infini::{InfiniRead, InfiniWrite};
 pub use merge::{Merge, Partial};
 pub use shape::{InfiniRule, MAX_ELEMENTS, Shape, ShapeBuilder, Spec, SpecBuilder, Window};

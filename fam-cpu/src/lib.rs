@@ -45,7 +45,6 @@ mod tile;
 mod vector;
 
 pub use isa::Isa;
-pub use memory::Bytes;
 pub use parallel::pool::Pool;
 pub use parallel::{Executor, Par};
 pub use tile::BLOCK_N;
@@ -172,8 +171,8 @@ const _: () = {
     const fn is_shared<T: Send + Sync>() {}
     is_shared::<Cpu>();
     is_shared::<CpuPlan>();
+    is_shared::<fam_core::Bytes>();
     is_shared::<Pool>();
-    is_shared::<Bytes>();
 };
 
 /// The deliberate errors of this crate, each selected with `fam_core::mutants::select`.

@@ -2,7 +2,6 @@
 
 use bytemuck::Pod;
 use fam_core::{Element, Error, Keys, Layout, Result, Spec, View, mutate};
-use std::borrow::{Borrow, BorrowMut};
 
 /// The whole elements of aligned bytes; an op has validated its arguments.
 fn elements<T: Pod>(mem: &[u8]) -> &[T] {
@@ -132,38 +131,4 @@ pub(crate) fn ring_layout(spec: &Spec) -> Layout {
     let head = rows * d;
     let half = head * kv_heads;
     Layout::packed(shape.kv_dtype(), [spec.slots(), 2, rows, kv_heads, d]).with_stride([2 * half, half, d, head])
-}
-
-/// Memory that this crate owns: zeros at first, aligned to a cache line.
-#[derive(Debug)]
-pub struct Bytes {
-    data: Vec<u8>,
-    first: usize,
-    len: usize,
-}
-
-impl Bytes {
-    pub(crate) fn zeroed(bytes: u64) -> Result<Self> {
-        let out_of_memory = || Error::OutOfMemory { requested: bytes };
-        let len = usize::try_from(bytes).map_err(|_| out_of_memory())?;
-        let all = len.checked_add(crate::parallel::ALIGN).ok_or_else(out_of_memory)?;
-        let mut data = Vec::new();
-        data.try_reserve_exact(all).map_err(|_| out_of_memory())?;
-        data.resize(all, 0);
-        // The vector never grows, so its first byte stays where it is.
-        let first = data.as_ptr().align_offset(crate::parallel::ALIGN);
-        Ok(Bytes { data, first, len })
-    }
-}
-
-impl Borrow<[u8]> for Bytes {
-    fn borrow(&self) -> &[u8] {
-        &self.data[self.first..self.first + self.len]
-    }
-}
-
-impl BorrowMut<[u8]> for Bytes {
-    fn borrow_mut(&mut self) -> &mut [u8] {
-        &mut self.data[self.first..self.first + self.len]
-    }
 }

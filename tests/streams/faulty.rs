@@ -1,7 +1,7 @@
 //! A backend that can be made to fail.
 
-use fam::cpu::{Bytes, Cpu, CpuPlan, Par};
-use fam::{Append, Attend, Backend, Device, Error, InfiniRead, InfiniWrite, Merge, ReadRing, Result, Spec, Support};
+use fam::cpu::{Cpu, CpuPlan, Par};
+use fam::{Append, Attend, Backend, Bytes, Device, Error, InfiniRead, InfiniWrite, Merge, ReadRing, Result, Spec, Support};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 

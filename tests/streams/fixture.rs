@@ -1,9 +1,9 @@
 //! What the tests share: a layer of streams, and the tensors that a caller feeds it.
 
 use crate::faulty::{Faults, Faulty, cpu};
-use fam::cpu::{Bytes, CpuPlan, Par};
+use fam::cpu::{CpuPlan, Par};
 use fam::{
-    Backend, Device, Dtype, InfiniRule, Layout, Pending, Plan, Result, Rows, Shape, Spec, Step, StepInfini, Streams, View,
+    Backend, Bytes, Device, Dtype, InfiniRule, Layout, Pending, Plan, Result, Rows, Shape, Spec, Step, StepInfini, Streams, View,
     ViewMut, Window, bf16, f16,
 };
 use std::borrow::{Borrow, BorrowMut};

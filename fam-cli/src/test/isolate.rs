@@ -196,8 +196,10 @@ mod tests {
 
     const HANG: Duration = Duration::from_millis(500);
 
+    type Outcomes = Vec<(String, Outcome)>;
+
     /// What `watch` says of a child that runs this script: the outcomes of its checks, and how it ended.
-    fn watched(script: &str) -> (Vec<(String, Outcome)>, Result<Option<u64>, String>) {
+    fn watched(script: &str) -> (Outcomes, Result<Option<u64>, String>) {
         let mut shell = Command::new("sh");
         shell.args(["-c", script]);
         let mut outcomes = Vec::new();
