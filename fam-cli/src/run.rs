@@ -175,9 +175,7 @@ fn say(name: &str, case: &CaseFile, mode: Mode, verdict: &Verdict, time: Duratio
     let tokens: u64 = case.lengths.iter().sum();
     let rate = tokens as f64 / time.as_secs_f64();
     match &verdict.wrong {
-        None if verdict.compared == 0 => {
-            report.line(format!("  {:9} NOTHING was compared: no stream has a token", mode.name()))?
-        }
+        None if verdict.compared == 0 => report.line(format!("  {:9} NOTHING was compared", mode.name()))?,
         None => report.line(format!(
             "  {:9} right: {} values, worst error {:.3} of its bound; {} tokens/s",
             mode.name(),
