@@ -308,6 +308,6 @@ pub trait Device: Backend {
 }
 
 /// What a method of [`Device`] returns where a backend leaves it out.
-fn lacks<B: Backend + ?Sized>(backend: &B, method: &'static str) -> Error {
+pub(crate) fn lacks<B: Backend + ?Sized>(backend: &B, method: &'static str) -> Error {
     Error::unsupported("method", method, format!("Streams needs it; {} has operations only", backend.name()))
 }

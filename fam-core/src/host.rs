@@ -1,5 +1,6 @@
 //! Backends whose memory is the host's own bytes: the [`Device`] that they have in common.
 
+use crate::backend::lacks;
 use crate::{Backend, Device, Error, ReadRing, Result};
 use std::borrow::{Borrow, BorrowMut};
 use std::ops::Range;
@@ -23,7 +24,7 @@ pub trait HostMemory: Backend<Mem = [u8]> + Sized {
     /// # Errors
     /// As [`Device::read_ring`].
     fn unpack_ring(&self, _plan: &Self::Plan, _queue: &mut Self::Queue<'_>, _args: ReadRing<'_, [u8]>) -> Result<()> {
-        Err(self.lacks("read_ring"))
+        Err(lacks(self, "read_ring"))
     }
 }
 
