@@ -28,9 +28,12 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
     }
     report.record(
         "verdict",
-        json!({ "right": verdict.wrong.is_none() && verdict.compared > 0, "compared": verdict.compared,
+        json!({ "right": verdict.wrong.is_none() && verdict.compared > 0, "compared": verdict.compared, "vacuous": verdict.vacuous,
                 "wrong": verdict.wrong.as_ref().map(|(wrong, edges)| format!("{wrong} ({edges})")) }),
     )?;
+    if verdict.vacuous > 0 {
+        report.line(format!("{} values cannot be judged: their bound is as large as they are", verdict.vacuous))?;
+    }
     match verdict.wrong {
         None if verdict.compared == 0 => {
             report.line("not right: nothing was compared")?;

@@ -185,10 +185,17 @@ fn say(name: &str, case: &CaseFile, mode: Mode, verdict: &Verdict, time: Duratio
         ))?,
         Some((wrong, edges)) => report.line(format!("  {:9} WRONG: {wrong} ({edges})", mode.name()))?,
     }
+    if verdict.vacuous > 0 {
+        report.line(format!(
+            "            {} values cannot be judged: their bound is as large as they are",
+            grouped(verdict.vacuous)
+        ))?;
+    }
     let worst: BTreeMap<_, _> = verdict.worst.iter().map(|(name, w)| (*name, w.ratio)).collect();
     report.record(
         "replay",
-        json!({ "case": name, "mode": mode.name(), "right": verdict.wrong.is_none() && verdict.compared > 0, "compared": verdict.compared,
+        json!({ "case": name, "mode": mode.name(), "right": verdict.wrong.is_none() && verdict.compared > 0,
+                "compared": verdict.compared, "vacuous": verdict.vacuous,
                 "worst": worst, "seconds": time.as_secs_f64(), "tokens": tokens,
                 "wrong": verdict.wrong.as_ref().map(|(w, edges)| format!("{w} ({edges})")) }),
     )

@@ -1,6 +1,6 @@
 //! Exit codes and one-line errors: 0 right, 1 wrong, 2 bad input.
 
-use fam_testkit::CaseFile;
+use fam_testkit::{CaseFile, Tensor};
 use safetensors::tensor::TensorView;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -235,6 +235,15 @@ fn comparing_nothing_is_not_right() {
     let path = path.to_str().expect("UTF-8");
     nothing(&["check", path, &zeros(here, "o", &[o], &[])], "nothing was compared");
     nothing(&["run", path], "NOTHING was compared");
+    // Logits around 1e30: no kernel's result could be told from any other.
+    let sample = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/smollm2_l29_f32_small.safetensors");
+    let mut huge = CaseFile::open(sample).expect("the case");
+    huge.q = Tensor::from_values(huge.q.dtype, huge.q.shape.clone(), huge.q.values().iter().map(|q| 1e30 * q));
+    huge.expected.clear();
+    let path = here.join("huge");
+    std::fs::write(&path, huge.to_bytes().expect("bytes")).expect("written");
+    let out = fam(&["run", path.to_str().expect("UTF-8"), "--mode", "prefill"]);
+    assert!(String::from_utf8_lossy(&out.stdout).contains("values cannot be judged"), "{out:?}");
     nothing(&["run", &case, "--tokens", "2"], "NOTHING   was compared");
     assert_eq!(fam(&["run", &case, "--tokens", "1000"]).status.code(), Some(0));
 }

@@ -10,7 +10,7 @@ use fam_core::{Op, Shape, Spec};
 /// errors with it.
 pub const BLOCK_N: usize = 64;
 
-/// Rows (tokens times query heads of a group) that share packed keys. At 64 packing a key costs 1/256 of a row tile's arithmetic on it
+/// Rows (tokens times query heads of a group) that share packed keys. At 64 packing a key costs little beside a row tile's arithmetic on it
 /// and rows and sums (at D = 64 16 KiB each) stay in L2; 32 packs twice as often, 128 leaves too few tasks for many threads at B = 256.
 const BLOCK_M: usize = 64;
 
