@@ -5,12 +5,11 @@ use crate::check::Checker;
 use crate::data::{Data, Role};
 use crate::distribution::Distribution;
 use crate::harness::Harness;
-use crate::launch::{Loaded, LoadedKeys, LoadedSpans, Stop, plan};
+use crate::launch::{Loaded, LoadedKeys, LoadedSpans, Region, Stop, plan};
 use crate::rows::{Inputs, Problem, Read, near};
 use crate::tolerance::{Level, Limits, NanReach, infini_read};
-use fam_core::{Attend, Backend, InfiniState, Plan, Result, Rows, Span};
+use fam_core::{Attend, Backend, InfiniState, Result, Rows, Span};
 use fam_ref::Array;
-use std::borrow::BorrowMut;
 
 /// What a kernel returned for one group of rows: the call's values.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,11 +38,11 @@ impl Outputs {
 pub(crate) fn launch<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data, fill: u8) -> Result<Outputs, Stop> {
     let plan = plan(h, &case.spec()?)?;
     let input = |role| Loaded::input(h, case, data, role, fill);
-    let output = |role| Loaded::output(h, case.layout(role));
+    let output = |role| Loaded::result(h, case, role);
 
     let keys = LoadedKeys::new(h, case, data, &plan, fill)?;
     let spans = LoadedSpans::new(h, case)?;
-    let mem = (case.shape.mem_len() > 0).then(|| Ok::<_, Stop>((input(Role::MemK)?, input(Role::MemV)?))).transpose()?;
+    let mem = (case.shape.mem_len() > 0).then(|| Ok::<_, Stop>([input(Role::MemK)?, input(Role::MemV)?])).transpose()?;
     let sink = case.sink.then(|| input(Role::Sink)).transpose()?;
     let infini = case
         .fused
@@ -55,7 +54,7 @@ pub(crate) fn launch<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data, fill:
     };
     let mut rows = group(case.rows, Role::Q, Role::O, Role::Lse)?;
     let mut mem_rows = group(case.mem_rows, Role::MemQ, Role::MemO, Role::MemLse)?;
-    let mut scratch = h.poisoned(plan.support().scratch_bytes)?;
+    let mut scratch = Region::scratch(h, &plan)?;
 
     h.run(&mut |queue| {
         let mut args = Attend::new(spans.spans(), keys.keys());
@@ -65,7 +64,7 @@ pub(crate) fn launch<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data, fill:
         if let Some((q, o, lse)) = &mut mem_rows {
             args = args.mem_rows(with_lse(Rows::new(q.view(), o.view_mut()), lse));
         }
-        if let Some((k, v)) = &mem {
+        if let Some([k, v]) = &mem {
             args = args.mem(k.view(), v.view());
         }
         if let Some(sink) = &sink {
@@ -74,19 +73,21 @@ pub(crate) fn launch<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data, fill:
         if let Some([q, m, z, beta]) = &infini {
             args = args.infini(InfiniState { q: q.view(), m: m.view(), z: z.view(), beta: beta.view() });
         }
-        h.backend().attend(&plan, queue, args, scratch.borrow_mut())
+        h.backend().attend(&plan, queue, args, scratch.mem_mut())
     })?;
 
-    let finish = |group: Option<(_, Loaded<H>, Option<Loaded<H>>)>, o_role, lse_role, [o_name, lse_name]: [&str; 2]| {
+    keys.check(h)?;
+    spans.check(h)?;
+    scratch.check(h)?;
+    let inputs = mem.iter().flatten().chain(&sink).chain(infini.iter().flatten());
+    inputs.chain([&rows, &mem_rows].into_iter().flatten().map(|(q, ..)| q)).try_for_each(|input| input.check(h))?;
+    let finish = |group: Option<(_, Loaded<H>, Option<Loaded<H>>)>, o_role, lse_role| {
         let Some((_, o, lse)) = group else { return Ok::<_, Stop>(None) };
-        let o = o.values(h, case, o_role, o_name)?;
-        let lse = lse.map(|lse| lse.values(h, case, lse_role, lse_name)).transpose()?;
+        let o = o.values(h, case, o_role)?;
+        let lse = lse.map(|lse| lse.values(h, case, lse_role)).transpose()?;
         Ok(Some(Group { o, lse }))
     };
-    Ok(Outputs {
-        rows: finish(rows, Role::O, Role::Lse, ["o", "lse"])?,
-        mem_rows: finish(mem_rows, Role::MemO, Role::MemLse, ["mem_o", "mem_lse"])?,
-    })
+    Ok(Outputs { rows: finish(rows, Role::O, Role::Lse)?, mem_rows: finish(mem_rows, Role::MemO, Role::MemLse)? })
 }
 
 fn with_lse<'a, H: Harness + ?Sized>(

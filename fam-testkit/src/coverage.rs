@@ -4,7 +4,7 @@ use crate::case::{Case, KeySource};
 use crate::distribution::Distribution;
 use crate::wild;
 use fam_core::{Dtype, Op, Window};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 /// Counts of executed cases.
@@ -115,6 +115,11 @@ impl Coverage {
     /// The share of attend cases with two blocks or more, ring wrap, GQA and memory keys, all at once. At least 0.3 in a suite.
     pub fn dense_share(&self) -> f64 {
         self.dense as f64 / (self.attend as f64).max(1.0)
+    }
+
+    /// Pairs of op and dtype that any case had.
+    pub fn ops_and_dtypes(&self) -> usize {
+        self.by_input.keys().map(|(_, op, dtype)| (op, dtype)).collect::<BTreeSet<_>>().len()
     }
 
     /// Pairs of distribution, op and dtype that no case had, though the distribution says something about the op.

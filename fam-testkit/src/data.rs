@@ -6,6 +6,7 @@ use crate::guard::{Tensor, arrange};
 use crate::rng::Rng;
 use fam_core::{Dtype, Layout, Op, Span};
 use fam_ref::Array;
+use std::ops::Range;
 
 /// The part that a tensor plays in a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +36,8 @@ const NAMES: [&str; 16] =
     ["q", "mem_q", "infini_q", "k", "v", "mem_k", "mem_v", "sink", "beta", "m", "z", "o_local", "o", "lse", "mem_o", "mem_lse"];
 
 impl Role {
-    fn name(self) -> &'static str {
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
         NAMES[self as usize]
     }
 
@@ -57,7 +59,7 @@ pub(crate) struct Place {
     pub tensor: [usize; 3],
 }
 
-/// One call of `append` that fills the ring for one stream.
+/// One call's tokens of one stream: of `append`, which fills the ring, or of `read_ring`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Chunk {
     pub start: u64,
@@ -79,19 +81,24 @@ impl Case {
 
     /// The calls of `append` that fill the ring, per stream: stale keys, then the visible ones, in chunks that the plan serves.
     pub(crate) fn chunks(&self, span: &Span) -> Vec<Chunk> {
-        let b = self.shape.block_len() as u64;
-        let mut chunks = Vec::new();
         if span.len == 0 {
-            return chunks;
+            return Vec::new();
         }
-        let mut start = self.first_key(span).saturating_sub(self.stale as u64).max(span.origin);
-        while start < span.end() {
+        self.pieces(self.first_key(span).saturating_sub(self.stale as u64).max(span.origin)..span.end())
+    }
+
+    /// Positions in pieces that a call of the plan may cover.
+    pub(crate) fn pieces(&self, positions: Range<u64>) -> Vec<Chunk> {
+        let b = self.shape.block_len() as u64;
+        let mut pieces = Vec::new();
+        let mut start = positions.start;
+        while start < positions.end {
             let in_blocks = self.plan_blocks as u64 * b - start % b;
-            let len = (self.plan_rows as u64).min(in_blocks).min(span.end() - start);
-            chunks.push(Chunk { start, len: len as u32 });
+            let len = (self.plan_rows as u64).min(in_blocks).min(positions.end - start);
+            pieces.push(Chunk { start, len: len as u32 });
             start += len;
         }
-        chunks
+        pieces
     }
 
     /// Blocks whose memory rows are given: `append` stores one even for a stream without tokens.

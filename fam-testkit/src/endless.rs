@@ -2,9 +2,9 @@
 
 use crate::casefile::{CaseFile, Tensor};
 use crate::harness::{Harness, Owned};
-use crate::judge::Reference;
+use crate::judge::{Reference, Verdict};
 use crate::replay::{Layouts, Loaded, bytes, part};
-use crate::rng::Rng;
+use crate::rng::{Rng, hash};
 use fam_core::{Backend, Device, Dtype, Error, Layout, Plan, Result, Rows, Step, StepInfini, Streams, View, ViewMut, Window};
 use std::borrow::{Borrow, BorrowMut};
 use std::collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry};
@@ -30,7 +30,8 @@ pub struct Endless {
 }
 
 /// Runs `blocks` blocks of every stream of the case, looping its whole blocks (its starts are not looked at: the stream begins at 0), and
-/// checks `samples` random ones against the reference. `progress` is told the blocks done.
+/// checks `samples` different random ones against the reference, or all if there are fewer. `progress` is told the blocks done. What the
+/// check itself needs is allocated before the first block, so that memory which grows is the backend's.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a case without a whole block; those of planning, of the ops and of the device.
@@ -64,59 +65,82 @@ where
     let period = case.infini.is_none().then(|| lcm(whole, (plan.spec().ring_rows() / b) as u64));
     let mut out =
         Endless { blocks, period, repeated: 0, checked: 0, worst: 0.0, wrong: None, state_bytes: streams.state_bytes() };
-    let mut rng = Rng::of(seed, "endless");
-    let spots: BTreeSet<u64> = match blocks.saturating_sub(reach) {
-        0 => BTreeSet::new(),
-        room => (0..samples.min(room)).map(|_| reach + rng.below(room as usize) as u64).collect(),
-    };
-    // With a compressive memory: its state where a spot's window begins.
+    let spots = spots(blocks, samples, seed);
+    // A block sees as far back as the window reaches, or the stream.
+    let first = |t: u64| t - reach.min(t);
+    let window = |t: u64, state| window_case(case, first(t), (t - first(t)) as usize + 1, whole, state);
+    // Without a compressive memory the problem is the same whenever the block comes round.
+    let problem = |t: u64| (t.min(reach), t % whole);
+    let mut references: HashMap<(u64, u64), (CaseFile, Reference)> = HashMap::new();
+    for &t in spots.iter().filter(|_| case.infini.is_none()) {
+        if let Entry::Vacant(new) = references.entry(problem(t)) {
+            let sub = window(t, None);
+            let reference = Reference::new(&sub)?;
+            new.insert((sub, reference));
+        }
+    }
+    // With one: its state where a spot's window begins.
+    let starts: BTreeSet<u64> = spots.iter().filter(|_| case.infini.is_some()).map(|&t| first(t)).collect();
     let mut states: HashMap<u64, [Vec<u8>; 2]> = HashMap::new();
-    let mut references: HashMap<u64, (CaseFile, Reference)> = HashMap::new();
-    let mut seen: Vec<[Vec<u8>; 2]> = Vec::new();
+    // A hash of the results of each block of a period.
+    let mut seen = vec![u64::MAX; period.unwrap_or(0).min(blocks.saturating_sub(reach)) as usize];
 
     for t in 0..blocks {
-        if case.infini.is_some() && spots.contains(&(t + reach)) {
+        if starts.contains(&t) {
             states.insert(t, state(h, &mut streams, n)?);
         }
         block.step(h, case, (&plan, &mut streams, &slots), (t % whole) as usize, &mut scratch)?;
         let results = block.results(h)?;
         if spots.contains(&t) {
-            // Without a compressive memory the problem is the same whenever the block comes round.
-            let key = if case.infini.is_some() { t } else { t % whole };
-            let (sub, reference) = match references.entry(key) {
-                Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(new) => {
-                    let sub = window_case(case, t - reach, reach as usize + 1, whole, states.remove(&(t - reach)));
-                    let reference = Reference::new(&sub)?;
-                    new.insert((sub, reference))
+            let verdict = match references.get(&problem(t)) {
+                Some((sub, reference)) => judge(h, sub, reference, &results),
+                None => {
+                    let sub = window(t, states.get(&first(t)).cloned());
+                    judge(h, &sub, &Reference::new(&sub)?, &results)
                 }
             };
-            let outputs = last_block(sub, &results);
-            let verdict = reference.judge_from(reach as usize * b, sub, &outputs, &h.limits());
             out.worst = out.worst.max(verdict.worst_ratio());
             out.checked += 1;
             if let (Some((wrong, edges)), None) = (&verdict.wrong, &out.wrong) {
                 out.wrong = Some(format!("block {t}: {wrong} ({edges})"));
             }
-            if case.infini.is_some() {
-                references.remove(&key);
-            }
         }
+        // Whose window begins here or before has been checked.
+        states.retain(|&start, _| start + reach > t);
         if let Some(period) = period.filter(|_| t >= reach) {
-            let at = ((t - reach) % period) as usize;
-            match seen.get(at) {
-                None => seen.push(results),
-                Some(before) => {
-                    out.repeated += 1;
-                    if *before != results && out.wrong.is_none() {
-                        out.wrong = Some(format!("block {t} differs in a bit from block {}", t - period));
-                    }
+            let now = hash(results.iter().flatten().map(|byte| u64::from(*byte)));
+            let before = std::mem::replace(&mut seen[((t - reach) % period) as usize], now);
+            if t - reach >= period {
+                out.repeated += 1;
+                if before != now && out.wrong.is_none() {
+                    out.wrong = Some(format!("block {t} differs in a bit from block {}", t - period));
                 }
             }
         }
         progress(t + 1);
     }
+    if out.checked + out.repeated == 0 {
+        out.wrong.get_or_insert("nothing: no block was checked".into());
+    }
     Ok(out)
+}
+
+/// `samples` different blocks, or all.
+fn spots(blocks: u64, samples: u64, seed: u64) -> BTreeSet<u64> {
+    if samples >= blocks {
+        return (0..blocks).collect();
+    }
+    let mut rng = Rng::of(seed, "endless");
+    let mut spots = BTreeSet::new();
+    while (spots.len() as u64) < samples {
+        spots.insert(rng.below(blocks as usize) as u64);
+    }
+    spots
+}
+
+/// The results of a window's last block against its reference.
+fn judge<H: Harness + ?Sized>(h: &H, sub: &CaseFile, reference: &Reference, results: &[Vec<u8>; 2]) -> Verdict {
+    reference.judge_from(sub.tokens - sub.shape.block_len(), sub, &last_block(sub, results), &h.limits())
 }
 
 /// The case's inputs, and outputs of one block.

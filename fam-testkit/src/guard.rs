@@ -14,7 +14,7 @@ pub const POISON: u8 = 0xFF;
 pub const CANARY: u8 = 0x7B;
 
 /// Bytes behind the last element, which nothing may read or write. Also keeps empty tensors from being empty allocations.
-const TAIL: usize = 64;
+pub(crate) const TAIL: usize = 64;
 
 /// The index of one row of `head_dim` elements: `[batch, block, row, head]`.
 pub(crate) type Row = [usize; 4];

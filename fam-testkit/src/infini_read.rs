@@ -6,11 +6,10 @@ use crate::check::{Checker, Element};
 use crate::data::{Data, Role};
 use crate::guard::POISON;
 use crate::harness::Harness;
-use crate::launch::{Loaded, LoadedSpans, Stop, digest, plan};
+use crate::launch::{Loaded, LoadedSpans, Region, Stop, digest, plan};
 use crate::runner::{Passed, conclude};
 use crate::tolerance::Level;
-use fam_core::{Backend, InfiniRead, InfiniState, Plan};
-use std::borrow::BorrowMut;
+use fam_core::{Backend, InfiniRead, InfiniState};
 
 /// Runs one case.
 pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Result<Passed, Stop> {
@@ -19,15 +18,18 @@ pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Resu
     let input = |role| Loaded::input(h, case, &data, role, POISON);
     let (q, m, z, beta) = (input(Role::InfiniQ)?, input(Role::M)?, input(Role::Z)?, input(Role::Beta)?);
     let o_local = input(Role::OLocal)?;
-    let mut o = Loaded::output(h, case.layout(Role::O))?;
+    let mut o = Loaded::result(h, case, Role::O)?;
     let spans = LoadedSpans::new(h, case)?;
-    let mut scratch = h.poisoned(plan.support().scratch_bytes)?;
+    let mut scratch = Region::scratch(h, &plan)?;
     h.run(&mut |queue| {
         let state = InfiniState { q: q.view(), m: m.view(), z: z.view(), beta: beta.view() };
         let args = InfiniRead::new(spans.spans(), state, o_local.view(), o.view_mut());
-        h.backend().infini_read(&plan, queue, args, scratch.borrow_mut())
+        h.backend().infini_read(&plan, queue, args, scratch.mem_mut())
     })?;
-    let got = o.values(h, case, Role::O, "o")?;
+    [&q, &m, &z, &beta, &o_local].into_iter().try_for_each(|input| input.check(h))?;
+    spans.check(h)?;
+    scratch.check(h)?;
+    let got = o.values(h, case, Role::O)?;
 
     let limits = h.limits();
     let mut checker = Checker::new(level, case.shape.dtype(), case.out_dtype, &limits);

@@ -5,29 +5,31 @@ use crate::check::{Checker, Element, Rule};
 use crate::data::{Data, Place, Role};
 use crate::guard::{POISON, Tensor};
 use crate::harness::Harness;
-use crate::launch::{Loaded, LoadedKeys, LoadedSpans, Stop, digest, plan};
+use crate::launch::{Loaded, LoadedKeys, LoadedSpans, Region, Stop, digest, plan};
 use crate::runner::{Passed, conclude};
 use crate::tolerance::{Level, infini_write};
-use fam_core::{Backend, InfiniRule, InfiniWrite, Plan, Result};
+use fam_core::{Backend, InfiniRule, InfiniWrite, Result};
 use fam_ref::Array;
-use std::borrow::BorrowMut;
 
 /// Runs one case.
 pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Result<Passed, Stop> {
     let data = Data::new(case);
     let plan = plan(h, &case.spec()?)?;
     let keys = LoadedKeys::new(h, case, &data, &plan, POISON)?;
-    let mut m = Loaded::new(h, before(case, &data, Role::M))?;
-    let mut z = Loaded::new(h, before(case, &data, Role::Z))?;
+    let mut m = Loaded::new(h, "m", before(case, &data, Role::M))?;
+    let mut z = Loaded::new(h, "z", before(case, &data, Role::Z))?;
     let spans = LoadedSpans::new(h, case)?;
-    let mut scratch = h.poisoned(plan.support().scratch_bytes)?;
+    let mut scratch = Region::scratch(h, &plan)?;
     h.run(&mut |queue| {
         let args = InfiniWrite::new(spans.spans(), keys.keys(), m.view_mut(), z.view_mut());
-        h.backend().infini_write(&plan, queue, args, scratch.borrow_mut())
+        h.backend().infini_write(&plan, queue, args, scratch.mem_mut())
     })?;
+    keys.check(h)?;
+    spans.check(h)?;
+    scratch.check(h)?;
     // Only the entries after completed segments are outputs; all others, poison included, keep their bits.
-    let m = m.finish(h, "m", written(case, case.shape.head_dim()).into_iter())?;
-    let z = z.finish(h, "z", written(case, 1).into_iter())?;
+    let m = m.finish(h, written(case, case.shape.head_dim()).into_iter())?;
+    let z = z.finish(h, written(case, 1).into_iter())?;
 
     let limits = h.limits();
     let mut checker = Checker::new(level, case.shape.dtype(), case.out_dtype, &limits);

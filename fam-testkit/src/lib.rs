@@ -10,7 +10,7 @@
 //! | [`PROPERTIES`], [`Property`], [`run_property`] | the contract's section 7: what must agree bit for bit, and what within the bound |
 //! | [`run_streams`] | [`fam_core::Streams`] under random events: steps, drops, rollbacks, copies, snapshots, resets, bad calls |
 //! | [`invalid_calls`] | calls that must be refused, with nothing written |
-//! | [`CaseFile`], [`replay`], [`Reference`] | case files: recorded tensors replayed in three [`Mode`]s, and anybody's output file judged |
+//! | [`CaseFile`], [`replay`], [`run_file`], [`Reference`] | case files: recorded tensors replayed in three [`Mode`]s, and anybody's output file judged |
 //! | [`case_file`] | a generated case as a file with expected outputs |
 //!
 //! Inputs lie in buffers whose every other byte is NaN ([`POISON`]), outputs in buffers whose every other byte is a canary
@@ -61,7 +61,7 @@ pub use harness::{Harness, Mem, Owned, Queue};
 pub use invalid::invalid_calls;
 pub use judge::{Reference, Verdict};
 pub use properties::{PROPERTIES, Property, run_property};
-pub use replay::{Mode, replay};
+pub use replay::{Mode, replay, run_file};
 pub use rng::{Rng, case_seed};
 pub use runner::{BIAS_CASES, BIAS_SHARE, Budget, Event, Failure, Outcome, Passed, Report, SuiteOptions, run_case, run_suite};
 pub use streams::run_streams;

@@ -6,13 +6,12 @@ use crate::data::Role;
 use crate::distribution::{Distribution, Source, exp2, round};
 use crate::guard::{POISON, Tensor, arrange};
 use crate::harness::Harness;
-use crate::launch::{Loaded, Stop, digest, plan};
+use crate::launch::{Loaded, Region, Stop, digest, plan};
 use crate::rng::Rng;
 use crate::runner::{Passed, conclude};
 use crate::tolerance::{Level, Tolerance, merged_lse};
-use fam_core::{Backend, Dtype, Merge, Partial, Plan, Result};
+use fam_core::{Backend, Dtype, Merge, Partial, Result};
 use fam_ref::Array;
-use std::borrow::BorrowMut;
 
 /// One part, or a merge of two: `o` `[N, nb, L, Hq, D]` and `lse` `[N, nb, L, Hq, 1]`.
 #[derive(Clone, Debug)]
@@ -56,20 +55,22 @@ pub(crate) fn launch<H: Harness + ?Sized>(
     for (part, dtype) in parts.iter_mut().zip(case.part_dtypes) {
         let o = settled(&mut part.o, Tensor::new(arranged(dtype, sizes, false), POISON));
         let lse = settled(&mut part.lse, Tensor::new(arranged(Dtype::F32, per_row, false), POISON));
-        loaded.push((Loaded::new(h, o)?, Loaded::new(h, lse)?));
+        loaded.push([Loaded::new(h, "a part's o", o)?, Loaded::new(h, "a part's lse", lse)?]);
     }
-    let mut o = Loaded::output(h, arranged(case.out_dtype, sizes, true))?;
-    let mut lse = case.lse.then(|| Loaded::output(h, arranged(Dtype::F32, per_row, true))).transpose()?;
-    let mut scratch = h.poisoned(plan.support().scratch_bytes)?;
+    let mut o = Loaded::output(h, "o", arranged(case.out_dtype, sizes, true))?;
+    let mut lse = case.lse.then(|| Loaded::output(h, "lse", arranged(Dtype::F32, per_row, true))).transpose()?;
+    let mut scratch = Region::scratch(h, &plan)?;
     h.run(&mut |queue| {
-        let part = |i: usize| Partial { o: loaded[i].0.view(), lse: loaded[i].1.view() };
+        let part = |i: usize| Partial { o: loaded[i][0].view(), lse: loaded[i][1].view() };
         let mut args = Merge::new(part(0), part(1), o.view_mut());
         if let Some(lse) = &mut lse {
             args = args.lse(lse.view_mut());
         }
-        h.backend().merge(&plan, queue, args, scratch.borrow_mut())
+        h.backend().merge(&plan, queue, args, scratch.mem_mut())
     })?;
-    Ok((read(h, o, "o")?, lse.map(|lse| read(h, lse, "lse")).transpose()?))
+    loaded.iter().flatten().try_for_each(|input| input.check(h))?;
+    scratch.check(h)?;
+    Ok((read(h, o)?, lse.map(|lse| read(h, lse)).transpose()?))
 }
 
 fn check_row(
@@ -119,9 +120,9 @@ fn settled(values: &mut Array<5>, mut tensor: Tensor) -> Tensor {
     tensor
 }
 
-fn read<H: Harness + ?Sized>(h: &H, loaded: Loaded<H>, name: &str) -> Result<Array<5>, Stop> {
+fn read<H: Harness + ?Sized>(h: &H, loaded: Loaded<H>) -> Result<Array<5>, Stop> {
     let shape = loaded.host.layout.shape;
-    let tensor = loaded.finish(h, name, rows(shape))?;
+    let tensor = loaded.finish(h, rows(shape))?;
     let mut values = Array::zeros(shape);
     for [n, i, r] in rows(shape) {
         (0..shape[3]).for_each(|h| tensor.get([n, i, r, h], values.row_mut(&[n, i, r, h])));

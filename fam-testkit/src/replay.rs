@@ -1,9 +1,13 @@
 //! Running a case file on a backend, in the three ways that the contract serves with one rule.
 
 use crate::casefile::{CaseFile, InfiniCase, Tensor};
+use crate::check::Worst;
 use crate::harness::{Harness, Mem, Owned};
+use crate::judge::Reference;
+use crate::launch::{Stop, plan};
+use crate::runner::{Outcome, Passed, caught};
 use fam_core::{
-    Attend, Backend, Device, Dtype, InfiniState, InfiniWrite, Keys, Layout, Op, Plan, Result, Rows, Span, Spans, Step,
+    Attend, Backend, Device, Dtype, InfiniState, InfiniWrite, Keys, Layout, Op, Plan, Result, Rows, Span, Spans, Spec, Step,
     StepInfini, Streams, View, ViewMut,
 };
 use std::borrow::{Borrow, BorrowMut};
@@ -159,8 +163,7 @@ where
     let state = match mode {
         _ if case.batch == 0 || case.tokens == 0 => None,
         Mode::Prefill => prefill(h, case, &mut loaded)?,
-        Mode::Step => stream(h, case, &mut loaded, case.shape.block_len())?,
-        Mode::Decode => stream(h, case, &mut loaded, 1)?,
+        Mode::Step | Mode::Decode => stream(h, case, &mut loaded, mode)?,
     };
     let mut outputs = BTreeMap::new();
     let mut output = |name: &str, dtype: Dtype, data: Vec<u8>| {
@@ -181,14 +184,63 @@ where
     Ok(outputs)
 }
 
+/// What a backend must plan to run the case in a mode.
+///
+/// # Errors
+/// None for a case that was read or generated.
+pub(crate) fn spec(case: &CaseFile, mode: Mode) -> Result<Spec> {
+    let shape = &case.shape;
+    let block = shape.block_len().min(case.tokens);
+    match mode {
+        Mode::Prefill => {
+            let ops: &[Op] = if case.infini.is_some() { &[Op::Attend, Op::InfiniWrite] } else { &[Op::Attend] };
+            shape.spec(case.batch, case.tokens).blocks(case.blocks()).ops(ops).build()
+        }
+        Mode::Step => shape.spec(case.batch, block).build(),
+        Mode::Decode => shape.spec(case.batch, block.min(1)).build(),
+    }
+}
+
+/// Replays a case in a mode and holds the outputs against the reference, and against what the file expects. Skipped where the backend
+/// serves no plan for it.
+pub fn run_file<H: Harness + ?Sized>(h: &H, case: &CaseFile, mode: Mode) -> Outcome
+where
+    H::Backend: Clone,
+{
+    caught(|| right(h, case, mode))
+}
+
+pub(crate) fn right<H: Harness + ?Sized>(h: &H, case: &CaseFile, mode: Mode) -> Result<Passed, Stop>
+where
+    H::Backend: Clone,
+{
+    let outputs = planned(h, case, mode)?;
+    let verdict = Reference::new(case)?.judge(case, &outputs, &h.limits());
+    match verdict.wrong {
+        Some((wrong, edges)) => Err(Stop::Failed(format!("{} as {mode}: {wrong} ({edges})", case.source))),
+        None => {
+            let larger = |a: Worst, b: Worst| if a.ratio < b.ratio { b } else { a };
+            Ok(Passed { worst: verdict.worst.into_values().reduce(larger), ..Passed::default() })
+        }
+    }
+}
+
+/// [`replay`], skipped where the backend says when it plans that it does not serve the case.
+pub(crate) fn planned<H: Harness + ?Sized>(h: &H, case: &CaseFile, mode: Mode) -> Result<BTreeMap<String, Tensor>, Stop>
+where
+    H::Backend: Clone,
+{
+    plan(h, &spec(case, mode)?)?;
+    Ok(replay(h, case, mode)?)
+}
+
 /// Bytes of `m` and `z` of all streams.
 type State = (Vec<u8>, Vec<u8>);
 
 fn prefill<H: Harness + ?Sized>(h: &H, case: &CaseFile, loaded: &mut Loaded<H>) -> Result<Option<State>> {
     let (backend, shape, layouts) = (h.backend(), &case.shape, Layouts::new(case));
     let (nb, kv, d) = (case.blocks(), shape.kv_heads(), shape.head_dim());
-    let ops: &[Op] = if case.infini.is_some() { &[Op::Attend, Op::InfiniWrite] } else { &[Op::Attend] };
-    let plan = backend.plan(&shape.spec(case.batch, case.tokens).blocks(nb).ops(ops).build()?)?;
+    let plan = backend.plan(&spec(case, Mode::Prefill)?)?;
     let mut scratch = backend.alloc(plan.support().scratch_bytes)?;
     let spans: Vec<Span> = (0..case.batch)
         .map(|n| {
@@ -256,20 +308,27 @@ fn prefill<H: Harness + ?Sized>(h: &H, case: &CaseFile, loaded: &mut Loaded<H>) 
 }
 
 /// Appends `elements` f32 from element `offset` on to `out`.
-fn download<H: Harness + ?Sized>(h: &H, mem: &Mem<H>, offset: usize, elements: usize, out: &mut Vec<u8>) -> Result<()> {
+pub(crate) fn download<H: Harness + ?Sized>(
+    h: &H,
+    mem: &Mem<H>,
+    offset: usize,
+    elements: usize,
+    out: &mut Vec<u8>,
+) -> Result<()> {
     let start = out.len();
     out.resize(start + 4 * elements, 0);
     h.backend().download(mem, 4 * offset as u64, &mut out[start..])
 }
 
-/// Step by step through [`Streams`], at most `most` tokens of a block in a call.
-fn stream<H: Harness + ?Sized>(h: &H, case: &CaseFile, loaded: &mut Loaded<H>, most: usize) -> Result<Option<State>>
+/// Through [`Streams`]: a block in a call, or a token.
+fn stream<H: Harness + ?Sized>(h: &H, case: &CaseFile, loaded: &mut Loaded<H>, mode: Mode) -> Result<Option<State>>
 where
     H::Backend: Clone,
 {
     let (backend, shape, layouts) = (h.backend(), &case.shape, Layouts::new(case));
     let b = shape.block_len();
-    let plan = backend.plan(&shape.spec(case.batch, most.min(case.tokens)).build()?)?;
+    let most = if mode == Mode::Decode { 1 } else { b };
+    let plan = backend.plan(&spec(case, mode)?)?;
     let mut scratch = backend.alloc(plan.support().scratch_bytes)?;
     let mut streams = Streams::new(backend.clone(), &plan)?;
     h.run(&mut |queue| (0..case.batch).try_for_each(|n| streams.reset(queue, n as u32, case.start[n])))?;

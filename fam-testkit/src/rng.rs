@@ -13,11 +13,7 @@ impl Rng {
 
     /// An independent generator for a part of a case: what one part draws never moves another.
     pub fn of(seed: u64, part: &str) -> Self {
-        let mut hash = 0xcbf2_9ce4_8422_2325u64;
-        for byte in part.bytes() {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-        }
-        let mut rng = Rng(seed ^ hash);
+        let mut rng = Rng(seed ^ hash(part.bytes().map(u64::from)));
         Rng(rng.next())
     }
 
@@ -74,6 +70,11 @@ impl Rng {
     pub fn sign(&mut self) -> f64 {
         if self.next() >> 63 == 0 { 1.0 } else { -1.0 }
     }
+}
+
+/// FNV-1a over words: what tells results apart, not a guard against anyone.
+pub(crate) fn hash(words: impl Iterator<Item = u64>) -> u64 {
+    words.fold(0xcbf2_9ce4_8422_2325, |hash, word| (hash ^ word).wrapping_mul(0x100_0000_01b3))
 }
 
 /// The seed of case `index` of a suite.

@@ -56,6 +56,7 @@ pub(crate) fn caught(run: impl FnOnce() -> Result<Passed, Stop>) -> Outcome {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(passed)) => Outcome::Passed(passed),
         Ok(Err(Stop::Skipped(reason))) => Outcome::Skipped(reason),
+        Ok(Err(Stop::Refused(error))) => Outcome::Failed(error.to_string()),
         Ok(Err(Stop::Failed(what))) => Outcome::Failed(what),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());

@@ -4,7 +4,9 @@ mod common;
 
 use common::CpuHarness;
 use fam_core::Op;
-use fam_testkit::{Case, CaseFile, Filter, Harness, Mode, Reference, case_file, case_seed, read_outputs, replay, write_outputs};
+use fam_testkit::{
+    Case, CaseFile, Filter, Harness, Mode, Reference, case_file, case_seed, endless, read_outputs, replay, write_outputs,
+};
 
 /// Replays in every mode; each is right, and all give the same bits. Returns the worst share of a bound.
 fn all_modes(name: &str, case: &CaseFile, h: &CpuHarness) -> f64 {
@@ -67,4 +69,22 @@ fn outputs_round_trip_and_are_judged() {
     let (wrong, edges) = Reference::new(&case).unwrap().judge(&case, &read, &fam_testkit::Limits::any_kernel()).wrong.unwrap();
     assert_eq!((wrong.at.tensor, wrong.at.index), ("o", [0, 0, 64, 4, 7]));
     assert!(edges.contains("first row of its block") && edges.contains("query head 1 of 3 of kv head 1"), "{edges}");
+}
+
+/// An endless stream checks as many different blocks as it was asked for, also those before the window is full.
+#[test]
+fn endless_streams() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/");
+    for name in ["smollm2_l29_f32_small.safetensors", "smollm2_infini_l05_delta_f32.safetensors"] {
+        let case = CaseFile::open(format!("{folder}{name}")).unwrap();
+        for (blocks, samples, checked) in [(40, 30, 30), (40, 100, 40), (1, 1, 1)] {
+            let found = endless(&CpuHarness::serial(), &case, blocks, samples, 1, &mut |_| {}).unwrap();
+            assert_eq!((found.wrong, found.checked), (None, checked), "{name}");
+            assert_eq!(found.period.is_none(), case.infini.is_some());
+            assert!(found.period.is_none_or(|period| found.repeated >= (blocks - 1).saturating_sub(period)), "{name}");
+        }
+        // Nothing compared is nothing shown.
+        let found = endless(&CpuHarness::serial(), &case, 1, 0, 1, &mut |_| {}).unwrap();
+        assert_eq!((found.checked, found.repeated, found.wrong.is_some()), (0, 0, true));
+    }
 }

@@ -1,9 +1,9 @@
-//! The contract's section 7 on the CPU backend.
+//! The contract's section 7, and the life of streams, on the CPU backend.
 
 mod common;
 
 use common::CpuHarness;
-use fam_testkit::{Outcome, PROPERTIES, run_property};
+use fam_testkit::{Outcome, PROPERTIES, run_property, run_streams};
 
 #[test]
 fn every_property() {
@@ -19,4 +19,12 @@ fn every_property() {
         }
         println!("{property}: {:.2} s", started.elapsed().as_secs_f64());
     }
+}
+
+#[test]
+fn streams_under_random_events() {
+    let harnesses = [CpuHarness::serial(), CpuHarness::pool(3)];
+    let outcomes = (0..400u64).map(|seed| (seed, run_streams(&harnesses[seed as usize % 2], seed)));
+    let wrong: Vec<_> = outcomes.filter(|(_, outcome)| !matches!(outcome, Outcome::Passed(_))).collect();
+    assert!(wrong.is_empty(), "{} of 400: {wrong:#?}", wrong.len());
 }

@@ -2,8 +2,8 @@
 
 use crate::run::SAMPLES;
 use fam_testkit::{
-    Case, CaseFile, Filter, Harness, Level, Mode, Outcome, PROPERTIES, Passed, Property, Reference, case_seed, invalid_calls,
-    replay, run_case, run_property, run_streams,
+    Case, CaseFile, Filter, Harness, Level, Mode, Outcome, PROPERTIES, Passed, Property, case_seed, invalid_calls, run_case,
+    run_file, run_property, run_streams,
 };
 use std::fmt;
 
@@ -179,15 +179,9 @@ fn sample<H: Harness>(h: &H, bytes: &[u8], mode: Mode) -> Outcome
 where
     H::Backend: Clone,
 {
-    let judged = CaseFile::read(bytes).and_then(|case| {
-        let outputs = replay(h, &case, mode)?;
-        Ok(Reference::new(&case)?.judge(&case, &outputs, &h.limits()).wrong)
-    });
-    match judged {
-        Err(fam::Error::Unsupported { what, got, .. }) => Outcome::Skipped(format!("{what} = {got}")),
+    match CaseFile::read(bytes) {
+        Ok(case) => run_file(h, &case, mode),
         Err(error) => Outcome::Failed(error.to_string()),
-        Ok(None) => Outcome::Passed(Passed::default()),
-        Ok(Some((wrong, edges))) => Outcome::Failed(format!("{wrong} ({edges})")),
     }
 }
 

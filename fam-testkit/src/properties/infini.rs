@@ -1,10 +1,10 @@
 //! Properties of the compressive memory, over case files: 11.
 
-use super::streams::{dense, right, suitable};
+use super::streams::{dense, suitable};
 use crate::casefile::{CaseFile, Tensor};
 use crate::harness::Harness;
 use crate::launch::Stop;
-use crate::replay::Mode;
+use crate::replay::{Mode, right};
 use crate::runner::Passed;
 use fam_core::{Dtype, InfiniRule, Op, Shape, Window};
 use std::collections::BTreeMap;

@@ -2,15 +2,13 @@
 
 use crate::case::{Case, Filter};
 use crate::casefile::{CaseFile, Tensor};
-use crate::check::Worst;
 use crate::generate::case_file;
 use crate::harness::Harness;
-use crate::judge::Reference;
-use crate::launch::Stop;
-use crate::replay::{Layouts, Loaded, Mode, part, replay};
+use crate::launch::{Stop, plan};
+use crate::replay::{Layouts, Loaded, Mode, part, planned, right};
 use crate::rng::case_seed;
 use crate::runner::Passed;
-use fam_core::{Backend, Device, Dtype, Layout, Op, Plan, Rows, Step, StepInfini, Streams, View, ViewMut, Window};
+use fam_core::{Device, Dtype, Layout, Op, Plan, Rows, Step, StepInfini, Streams, View, ViewMut, Window};
 use std::borrow::{Borrow, BorrowMut};
 
 /// The first generated file after `seed` that suits a property.
@@ -25,22 +23,6 @@ pub(super) fn suitable(seed: u64, ops: &[Op], is_suitable: impl Fn(&CaseFile) ->
         }
     }
     Err(Stop::Failed("there is no end of cases".into()))
-}
-
-/// Replays a file and holds it against the reference, and its own `expected`.
-pub(super) fn right<H: Harness + ?Sized>(h: &H, file: &CaseFile, mode: Mode) -> Result<Passed, Stop>
-where
-    H::Backend: Clone,
-{
-    let outputs = replay(h, file, mode)?;
-    let verdict = Reference::new(file)?.judge(file, &outputs, &h.limits());
-    match verdict.wrong {
-        Some((wrong, edges)) => Err(Stop::Failed(format!("{} as {mode}: {wrong} ({edges})", file.source))),
-        None => {
-            let larger = |a: Worst, b: Worst| if a.ratio < b.ratio { b } else { a };
-            Ok(Passed { worst: verdict.worst.into_values().reduce(larger), ..Passed::default() })
-        }
-    }
 }
 
 /// 1: what a dense mask over the whole sequence gives becomes what the steps are held to.
@@ -136,8 +118,8 @@ where
     let file = file;
     let (backend, s, layouts) = (h.backend(), &file.shape, Layouts::new(&file));
     let (b, size) = (s.block_len(), s.dtype().bytes());
-    let whole = replay(h, &file, Mode::Step)?;
-    let plan = backend.plan(&s.spec(1, b.min(file.tokens)).slots(2).build()?)?;
+    let whole = planned(h, &file, Mode::Step)?;
+    let plan = plan(h, &s.spec(1, b.min(file.tokens)).slots(2).build()?)?;
     let mut scratch = backend.alloc(plan.support().scratch_bytes)?;
     let mut pair = [Streams::new(backend.clone(), &plan)?, Streams::new(backend.clone(), &plan)?];
     let loaded = Loaded::new(h, &file)?;

@@ -1,9 +1,10 @@
 //! What the kernels returned for a stream, block by block as case files, against the reference.
 
-use super::{INFINI_K, INFINI_Q, K, Life, Q, Stop, Stream, V};
+use super::{INFINI_K, INFINI_Q, K, Life, Q, Row, Stream, V};
 use crate::casefile::{CaseFile, InfiniCase, Tensor};
 use crate::harness::Harness;
 use crate::judge::Reference;
+use crate::launch::Stop;
 use fam_core::{Dtype, Shape};
 use std::collections::BTreeMap;
 
@@ -22,7 +23,7 @@ where
         }
         if self.shape.infini().is_some() {
             let case = self.case(data, done, None)?;
-            return self.judge(stream, &case, 0, self.outputs(data, done, None));
+            return self.judge(stream, &case, 0, self.outputs(data, &case, None));
         }
         let (first, last) = (self.shape.block(data.origin), self.shape.block(data.origin + done as u64 - 1));
         for block in first..=last {
@@ -31,7 +32,7 @@ where
             let (served, rows) = data.served.get(&block).copied().unwrap_or((block, 0));
             let mem_o = data.mem_o.get(&block).filter(|(tokens, _)| *tokens == end && rows > 0);
             let case = self.case(data, end, Some((block, served, rows, mem_o.is_some())))?;
-            let outputs = self.outputs(data, end, mem_o.map(|(_, values)| (case.blocks(), rows, values)));
+            let outputs = self.outputs(data, &case, mem_o.map(|(_, rows)| rows));
             self.judge(stream, &case, from, outputs)?;
         }
         Ok(())
@@ -87,15 +88,25 @@ where
         })
     }
 
-    /// Outputs of the case of the first `tokens` tokens; memory rows only of its last block.
-    fn outputs(&self, data: &Stream, tokens: usize, mem_o: Option<(usize, usize, &Vec<f64>)>) -> BTreeMap<String, Tensor> {
-        let (dtype, heads, d) = (self.shape.dtype(), self.shape.heads(), self.shape.head_dim());
-        let o = (0..tokens).flat_map(|t| data.o[&t].iter().copied());
-        let mut outputs = BTreeMap::from([("o".to_string(), Tensor::from_values(dtype, vec![1, tokens, heads, d], o))]);
-        if let Some((blocks, rows, values)) = mem_o {
-            let before = std::iter::repeat_n(0.0, (blocks - 1) * rows * heads * d);
-            let values = before.chain(values[..rows * heads * d].iter().copied());
-            outputs.insert("mem_o".into(), Tensor::from_values(dtype, vec![1, blocks, rows, heads, d], values));
+    /// What the kernels returned for the tokens of `case`; memory rows only of its last block.
+    fn outputs(&self, data: &Stream, case: &CaseFile, mem_rows: Option<&Row>) -> BTreeMap<String, Tensor> {
+        let mut outputs = BTreeMap::new();
+        let mut add = |name: &str, values: Vec<f64>| {
+            let dtype = if name.ends_with('o') { self.shape.dtype() } else { Dtype::F32 };
+            outputs.insert(name.to_string(), Tensor::from_values(dtype, case.output_shape(name), values));
+        };
+        let rows = || data.o.range(..case.tokens).map(|(_, row)| row);
+        add("o", rows().flat_map(|row| row.o.iter().copied()).collect());
+        add("lse", rows().flat_map(|row| row.lse.iter().copied()).collect());
+        for (name, values) in mem_rows.iter().flat_map(|row| [("mem_o", &row.o), ("mem_lse", &row.lse)]) {
+            let [_, blocks, ref block @ ..] = case.output_shape(name)[..] else { continue };
+            let size = block.iter().product();
+            // The case has as many memory rows as there were keys of them.
+            add(name, std::iter::repeat_n(0.0, (blocks - 1) * size).chain(values[..size].iter().copied()).collect());
+        }
+        for (name, data) in data.state.iter().flat_map(|[m, z]| [("m", m), ("z", z)]) {
+            let tensor = Tensor { dtype: Dtype::F32, shape: case.output_shape(name), data: data.clone() };
+            outputs.insert(name.to_string(), tensor);
         }
         outputs
     }

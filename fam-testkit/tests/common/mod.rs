@@ -1,23 +1,58 @@
 //! The CPU backend under the harness.
 
-use fam_core::Result;
-use fam_cpu::{Cpu, Par, Pool};
+use fam_core::{Error, Result};
+use fam_cpu::{Cpu, Executor, Par, Pool};
 use fam_testkit::{Harness, Limits, Queue};
 
-/// The CPU on the caller's thread, or on a pool of its own.
+/// The CPU, and where its ops run.
 pub struct CpuHarness {
     cpu: Cpu,
-    pool: Option<Pool>,
+    place: Place,
 }
 
+enum Place {
+    Serial,
+    Pool(Pool),
+    Caller(Scoped),
+    Slices(usize),
+}
+
+#[allow(dead_code)] // Not every test file runs all.
 impl CpuHarness {
-    pub fn serial() -> Self {
-        CpuHarness { cpu: Cpu::new().unwrap().with_threads(1), pool: None }
+    fn new(threads: usize, place: Place) -> Self {
+        CpuHarness { cpu: Cpu::new().unwrap().with_threads(threads), place }
     }
 
-    #[allow(dead_code)] // Not every test file runs pools.
+    /// On the caller's thread.
+    pub fn serial() -> Self {
+        Self::new(1, Place::Serial)
+    }
+
+    /// On a pool of the backend's own.
     pub fn pool(threads: usize) -> Self {
-        CpuHarness { cpu: Cpu::new().unwrap().with_threads(threads), pool: Some(Pool::new(threads).unwrap()) }
+        Self::new(threads, Place::Pool(Pool::new(threads).unwrap()))
+    }
+
+    /// On threads that the caller brings.
+    pub fn caller(threads: usize) -> Self {
+        Self::new(threads, Place::Caller(Scoped(threads)))
+    }
+
+    /// In `nth` slices one after the other. For work of one op: the slices of a second must wait for all of the first.
+    pub fn slices(nth: usize) -> Self {
+        Self::new(1, Place::Slices(nth))
+    }
+}
+
+/// A caller's executor: a thread for each task, the last task first.
+struct Scoped(usize);
+
+impl Executor for Scoped {
+    fn threads(&self) -> usize {
+        self.0
+    }
+    fn run(&self, tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+        std::thread::scope(|s| (0..tasks).rev().for_each(|i| drop(s.spawn(move || body(i)))));
     }
 }
 
@@ -29,9 +64,18 @@ impl Harness for CpuHarness {
     }
 
     fn run(&self, work: &mut dyn FnMut(&mut Queue<'_, Self>) -> Result<()>) -> Result<()> {
-        match &self.pool {
-            None => work(&mut Par::Serial),
-            Some(pool) => work(&mut Par::Pool(pool)),
+        match &self.place {
+            Place::Serial => work(&mut Par::Serial),
+            Place::Pool(pool) => work(&mut Par::Pool(pool)),
+            Place::Caller(executor) => work(&mut Par::Caller(executor)),
+            Place::Slices(nth) => {
+                let part = |ith, nth| Par::Slice { ith, nth, phase: 0 };
+                match (0..*nth).try_for_each(|ith| work(&mut part(ith, *nth))) {
+                    // What is no op (reading a ring) is not cut.
+                    Err(Error::Invalid { field: "slice.nth", .. }) => work(&mut part(0, 1)),
+                    done => done,
+                }
+            }
         }
     }
 
