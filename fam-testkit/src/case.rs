@@ -261,7 +261,7 @@ impl fmt::Display for Case {
             Window::Tokens(w) => write!(f, " w={w}")?,
             _ => write!(f, " {:?}", s.window())?,
         }
-        write!(f, " F={} scale={} {} {}", s.mem_len(), s.scale(), self.style.name(), self.strides.name())?;
+        write!(f, " F={} scale={:?} {} {}", s.mem_len(), s.scale(), self.style.name(), self.strides.name())?;
         match self.keys {
             KeySource::Ring => write!(f, " ring={}{}", self.ring_rows(), if self.wraps() { "(wraps)" } else { "" })?,
             KeySource::Linear => write!(f, " linear")?,

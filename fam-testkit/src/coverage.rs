@@ -1,7 +1,8 @@
 //! What a suite has covered: distribution × dtype × op, and every axis of the cases.
 
-use crate::case::{Case, KeySource};
+use crate::case::{Case, KeySource, Strides, Style};
 use crate::distribution::Distribution;
+use crate::draw;
 use crate::wild;
 use fam_core::{Dtype, Op, Window};
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,8 +12,7 @@ use std::fmt;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Coverage {
     cases: u64,
-    /// Attend cases, and those of them with two blocks or more, ring wrap, GQA and memory keys at once.
-    attend: u64,
+    /// Those of them with two blocks or more, ring wrap, GQA and memory keys at once.
     dense: u64,
     by_input: BTreeMap<(Distribution, &'static str, &'static str), u64>,
     /// By op and axis.
@@ -26,26 +26,15 @@ impl Coverage {
     /// Counts a case.
     pub fn add(&mut self, case: &Case) {
         self.cases += 1;
-        if case.op == Op::Attend {
-            self.attend += 1;
-            self.dense += u64::from(case.is_dense());
-        }
+        self.dense += u64::from(case.is_dense());
         *self.by_input.entry((case.distribution, case.op.name(), case.shape.dtype().name())).or_default() += 1;
         let s = &case.shape;
-        let number = |n: usize| (n as u64, n.to_string());
-        let name = |n: &str| (0, n.to_owned());
-        let flag = |b: bool| name(if b { "yes" } else { "no" });
-        let window = match s.window() {
-            Window::Blocks(m) => (m as u64, format!("{m} blocks")),
-            Window::Tokens(w) => (1 << 32 | w as u64, format!("{w} tokens")),
-            other => name(&format!("{other:?}")),
-        };
         let axes = [
             ("D", number(s.head_dim())),
-            ("heads", (s.heads() as u64, format!("{}/{}", s.heads(), s.kv_heads()))),
+            ("heads", heads(s.heads(), s.kv_heads())),
             ("batch", number(case.batch())),
             ("B", number(s.block_len())),
-            ("window", window),
+            ("window", window(s.window())),
             ("F", number(s.mem_len())),
             ("blocks", number(case.blocks())),
             (
@@ -112,9 +101,9 @@ impl Coverage {
             .flat_map(|(&(op, axis), values)| values.iter().map(move |((_, value), count)| (op, axis, value.as_str(), *count)))
     }
 
-    /// The share of attend cases with two blocks or more, ring wrap, GQA and memory keys, all at once. At least 0.3 in a suite.
+    /// The share of cases with two blocks or more, ring wrap, GQA and memory keys, all at once. At least 0.3 in a suite.
     pub fn dense_share(&self) -> f64 {
-        self.dense as f64 / (self.attend as f64).max(1.0)
+        self.dense as f64 / (self.cases as f64).max(1.0)
     }
 
     /// Pairs of op and dtype that any case had.
@@ -122,7 +111,7 @@ impl Coverage {
         self.by_input.keys().map(|(_, op, dtype)| (op, dtype)).collect::<BTreeSet<_>>().len()
     }
 
-    /// Pairs of distribution, op and dtype that no case had, though the distribution says something about the op.
+    /// What no case had, though it says something about an op: pairs of distribution and dtype, and values of every axis.
     pub fn gaps(&self) -> Vec<String> {
         let mut gaps = Vec::new();
         for op in Op::ALL {
@@ -133,9 +122,65 @@ impl Coverage {
                     }
                 }
             }
+            for (axis, values) in axes().into_iter().filter(|(axis, _)| concerns(op, axis)) {
+                let seen = self.by_axis.get(&(op.name(), axis));
+                // `append` writes a ring and nothing else.
+                let values = values.into_iter().filter(|(_, value)| op != Op::Append || value != "linear");
+                let missing = values.filter(|value| !seen.is_some_and(|seen| seen.contains_key(value)));
+                gaps.extend(missing.map(|(_, value)| format!("{op} {axis}: {value}")));
+            }
         }
         gaps
     }
+}
+
+fn number(n: usize) -> (u64, String) {
+    (n as u64, n.to_string())
+}
+
+fn name(name: &str) -> (u64, String) {
+    (0, name.to_owned())
+}
+
+fn flag(is_set: bool) -> (u64, String) {
+    name(if is_set { "yes" } else { "no" })
+}
+
+fn heads(heads: usize, kv_heads: usize) -> (u64, String) {
+    (heads as u64, format!("{heads}/{kv_heads}"))
+}
+
+fn window(window: Window) -> (u64, String) {
+    match window {
+        Window::Blocks(m) => (m as u64, format!("{m} blocks")),
+        Window::Tokens(w) => (1 << 32 | w as u64, format!("{w} tokens")),
+        other => name(&format!("{other:?}")),
+    }
+}
+
+/// The values that each axis must have had; of those not here (lengths, blocks) any will do.
+fn axes() -> Vec<(&'static str, Vec<(u64, String)>)> {
+    let numbers = |values: &[usize]| values.iter().map(|n| number(*n)).collect();
+    let names = |values: &[&str]| values.iter().map(|n| name(n)).collect();
+    let windows = draw::TOKEN_WINDOWS.map(Window::Tokens).into_iter().chain(draw::BLOCK_WINDOWS.map(Window::Blocks));
+    let mut axes = vec![
+        ("D", numbers(&draw::HEAD_DIMS)),
+        ("heads", draw::HEADS.map(|(h, kv)| heads(h, kv)).into()),
+        ("batch", numbers(&[0, 1, 2, 5])),
+        ("B", numbers(&draw::BLOCK_LENS)),
+        ("window", windows.map(window).collect()),
+        ("F", numbers(&draw::MEM_LENS)),
+        ("keys", names(&["linear", "ring", "ring, wraps"])),
+        ("strides", names(&Strides::ALL.map(Strides::name))),
+        ("style", names(&Style::ALL.map(Style::name))),
+        ("out", names(&Dtype::ALL.map(Dtype::name))),
+        ("device spans", names(&["no", "yes", "to be clamped"])),
+        ("row groups", names(&["both", "block", "memory", "none"])),
+        ("origin", names(&["0", "aligned", "unaligned"])),
+    ];
+    let flags = ["sink", "lse", "fused infini", "2^32 from the origin", "absent memory rows", "empty streams", "shuffled slots"];
+    axes.extend(flags.map(|axis| (axis, vec![flag(false), flag(true)])));
+    axes
 }
 
 /// Whether the axis is anything to the op.
@@ -157,7 +202,7 @@ impl fmt::Display for Coverage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} cases; {:.0} % of attend with two blocks or more, ring wrap, GQA and memory keys at once",
+            "{} cases; {:.0} % with two blocks or more, ring wrap, GQA and memory keys at once",
             self.cases,
             100.0 * self.dense_share()
         )?;

@@ -1,7 +1,8 @@
 //! The tensors of a case: their values, where each row lies, and which rows the call may see.
 
 use crate::case::{Case, KeySource};
-use crate::distribution::{Distribution, Source};
+use crate::distribution::Distribution;
+use crate::fill::{fill, state};
 use crate::guard::{Tensor, arrange};
 use crate::rng::Rng;
 use fam_core::{Dtype, Layout, Op, Span};
@@ -247,10 +248,6 @@ impl Data {
                 _ => fill(case, role, distribution),
             });
         }
-        if case.op == Op::InfiniWrite {
-            // The domain of σ that the bounds hold in.
-            data.get_mut(K).data.iter_mut().for_each(|k| *k = k.max(-80.0));
-        }
         if distribution == Distribution::NonFinite {
             crate::nonfinite::spoil(case, &mut data);
         }
@@ -333,67 +330,4 @@ impl Data {
             }
         }
     }
-}
-
-/// Fills one tensor row by row. Tensors draw from generators of their own, so that one never depends on another's size.
-fn fill(case: &Case, role: Role, distribution: Distribution) -> Array<5> {
-    let s = &case.shape;
-    let [n, i, rows, heads, d] = case.sizes(role);
-    let mut values = Array::zeros([n, i, rows, heads, d]);
-    // q and k share the family's structure (direction, exponents), which the first draws decide; values then differ by tensor.
-    let keys = case.sizes(K)[2];
-    let family = if matches!(role, InfiniQ) { "infini" } else { "family" };
-    let mut source =
-        Source::new(distribution, s.dtype(), [s.heads(), s.head_dim()], case.scale(), keys, Rng::of(case.seed, family));
-    source.reseed(Rng::of(case.seed, role.name()));
-    let mut rng = Rng::of(case.seed, role.name());
-    // A sink of −inf is none.
-    let mut absent = Rng::of(case.seed, "absent sinks");
-    for n in 0..n {
-        for i in 0..i {
-            for r in 0..rows {
-                for h in 0..heads {
-                    let row = values.row_mut(&[n, i, r, h]);
-                    match role {
-                        Q | MemQ | InfiniQ => source.query(row),
-                        K | MemK => source.key(r, h, row),
-                        V | MemV => source.value(r, h, row),
-                        // f32 digits, in the range of the output.
-                        OLocal => {
-                            source.value(r, h, row);
-                            row.iter_mut().for_each(|x| *x = (*x * (1.0 - rng.unit() / 512.0)) as f32 as f64);
-                        }
-                        Beta => row[0] = (rng.pick(&[0.5, 1.0, 4.0]) * rng.normal()).clamp(-12.0, 12.0) as f32 as f64,
-                        _ if absent.chance(1, 8) => row[0] = f64::NEG_INFINITY,
-                        _ => row[0] = (4.0 * rng.normal()) as f32 as f64,
-                    }
-                }
-            }
-        }
-    }
-    values
-}
-
-/// A compressive memory that a few tokens have been written to, or the 0 that it starts as.
-fn state(case: &Case, role: Role) -> Array<5> {
-    let [n, i, rows, heads, d] = case.sizes(role);
-    let mut values = Array::zeros([n, i, rows, heads, d]);
-    let mut is_empty = Rng::of(case.seed, "empty state");
-    let mut rng = Rng::of(case.seed, role.name());
-    for n in 0..n {
-        for i in 0..i {
-            if is_empty.chance(1, 4) {
-                continue;
-            }
-            for r in 0..rows {
-                for h in 0..heads {
-                    for x in values.row_mut(&[n, i, r, h]) {
-                        let value = if role == M { 3.0 * rng.normal() } else { 0.1 + 9.0 * rng.unit() };
-                        *x = value as f32 as f64;
-                    }
-                }
-            }
-        }
-    }
-    values
 }

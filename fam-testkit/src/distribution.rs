@@ -19,6 +19,9 @@ pub enum Distribution {
     Logit1e6,
     /// q and v at the largest value of f16 (65504; 65280 in bf16), logits exact in f32.
     F16Limit,
+    /// q·k up to the largest power of two of f32 (2²³ in f16), brought back by the scale to logits of −127 … 127; and v such that Σ|v| over
+    /// the visible keys stays just below the largest value.
+    F32Limit,
     /// All logits exactly 133120.
     EqualHuge,
     /// One key that carries all the weight: the first, the last, or one at the edge of a tile.
@@ -61,13 +64,14 @@ use Distribution::*;
 
 impl Distribution {
     /// Every distribution.
-    pub const ALL: [Distribution; 24] = [
+    pub const ALL: [Distribution; 25] = [
         Normal,
         Uniform,
         Sharp,
         Logit1e5,
         Logit1e6,
         F16Limit,
+        F32Limit,
         EqualHuge,
         Needle,
         ConstantK,
@@ -97,6 +101,7 @@ impl Distribution {
             Logit1e5 => "logit-1e5",
             Logit1e6 => "logit-1e6",
             F16Limit => "f16-limit",
+            F32Limit => "f32-limit",
             EqualHuge => "equal-huge",
             Needle => "needle",
             ConstantK => "constant-k",
@@ -121,15 +126,14 @@ impl Distribution {
     /// Whether logits are exact in f32, so that the bound is taken with S = 40: the largest distance from the maximum that still
     /// carries weight. The products of such q and k are small integers times one power of two, and so is their sum in any order.
     pub fn has_exact_logits(self) -> bool {
-        matches!(self, Logit1e5 | Logit1e6 | F16Limit | EqualHuge | Adversary)
+        matches!(self, Logit1e5 | Logit1e6 | F16Limit | F32Limit | EqualHuge | Adversary)
     }
 
     /// The distribution for un-rotated queries and keys beside one that shapes logits: the compressive memory has none.
     pub(crate) fn without_logits(self) -> Self {
         match self {
-            Logit1e5 | Logit1e6 | F16Limit | EqualHuge | Needle | Ascending | Descending | Sawtooth | EqualMaxima | Adversary => {
-                Normal
-            }
+            Logit1e5 | Logit1e6 | F16Limit | F32Limit | EqualHuge | Needle | Ascending | Descending | Sawtooth | EqualMaxima
+            | Adversary => Normal,
             other => other,
         }
     }
@@ -140,9 +144,9 @@ impl Distribution {
         match op {
             Op::InfiniRead | Op::InfiniWrite => all.filter(|d| d.without_logits() == *d).collect(),
             // Of a part only o and lse are seen: no keys, no queries.
-            Op::Merge => {
-                all.filter(|d| !matches!(d, F16Limit | Needle | ConstantK | Ascending | Descending | Sawtooth)).collect()
-            }
+            Op::Merge => all
+                .filter(|d| !matches!(d, F16Limit | F32Limit | Needle | ConstantK | Ascending | Descending | Sawtooth))
+                .collect(),
             _ => all.collect(),
         }
     }
@@ -175,6 +179,14 @@ pub(crate) fn exp2(e: i64) -> f64 {
     f64::from_bits(((1023 + e) as u64) << 52)
 }
 
+/// The scale of [`Distribution::F32Limit`]: logits of up to 127 are then q·k of up to 2⁷ / scale.
+pub(crate) fn limit_scale(dtype: Dtype) -> f64 {
+    exp2(if dtype == Dtype::F16 { -16 } else { -120 })
+}
+
+/// Memory keys that a row may see beside those of tokens.
+const MOST_MEMORY: usize = 64;
+
 /// Draws rows of q, k and v of one case.
 pub(crate) struct Source {
     distribution: Distribution,
@@ -193,7 +205,7 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Rows of `head_dim` values; logits are q·k·`scale`, over about `keys` keys.
+    /// Rows of `head_dim` values; logits are q·k·`scale`, over `keys` keys of tokens.
     pub fn new(
         distribution: Distribution,
         dtype: Dtype,
@@ -229,6 +241,7 @@ impl Source {
                 Sharp => 8.0 * rng.normal(),
                 Logit1e5 | Logit1e6 => rng.between(-7, 7) as f64 * exp2(unit / 2),
                 F16Limit => rng.sign() * self.f16_limit(),
+                F32Limit => self.hot(c, one_hot, (1.0 / self.scale).sqrt()),
                 EqualHuge => self.hot(c, one_hot, 4.0 / self.scale),
                 Adversary => self.hot(c, one_hot, 1.0 / self.scale),
                 Needle | Ascending | Descending | Sawtooth => self.base[c] + 0.02 * rng.normal() * self.base[c],
@@ -258,6 +271,7 @@ impl Source {
                 Sharp => 8.0 * rng.normal(),
                 Logit1e5 | Logit1e6 => rng.between(-7, 7) as f64 * exp2(unit - unit / 2),
                 F16Limit => rng.between(-2, 2) as f64,
+                F32Limit => self.hot(c, one_hot, logit * (1.0 / self.scale).sqrt()),
                 EqualHuge => self.hot(c, one_hot, 33280.0),
                 Adversary => self.hot(c, one_hot, logit),
                 Needle | Ascending | Descending | Sawtooth => self.base[c] * logit + 0.5 * self.base[c] * rng.normal(),
@@ -282,6 +296,7 @@ impl Source {
             let value = match self.distribution {
                 Uniform => 2.0 * rng.unit() - 1.0,
                 F16Limit => rng.sign() * self.f16_limit(),
+                F32Limit => rng.sign() * (0.9 + 0.1 * rng.unit()) * 0.99 * largest(self.dtype) / (self.keys + MOST_MEMORY) as f64,
                 ConstantV => self.constant[h][c],
                 Zeros if self.form & 4 == 4 || self.form & 3 == 0 => 0.0,
                 OutlierChannels => rng.normal() * self.outlier(c, 60.0),
@@ -313,6 +328,7 @@ impl Source {
             Descending => range * (1.0 - along),
             Sawtooth => range * ((t % 11) as f64 / 11.0),
             EqualMaxima => 8.0 * f64::from(u8::from(self.rng.chance(1, 3))),
+            F32Limit => self.rng.between(-127, 127) as f64,
             Adversary if self.rng.chance(1, 8) => self.rng.sign() * (88.0 + self.rng.below(3) as f64),
             // A quarter of the lowest: headroom for a kernel that works in base 2.
             Adversary => -largest(self.dtype) / 4.0,
@@ -400,7 +416,8 @@ mod tests {
         for distribution in Distribution::ALL {
             for dtype in Dtype::ALL {
                 for (d, seed) in [(1, 0u64), (7, 1), (64, 2), (256, 3)] {
-                    let mut source = Source::new(distribution, dtype, [2, d], 0.5, 40, Rng::new(seed));
+                    let scale = if distribution == F32Limit { limit_scale(dtype) } else { 0.5 };
+                    let mut source = Source::new(distribution, dtype, [2, d], scale, 40, Rng::new(seed));
                     let (mut q, mut k, mut v) = (vec![0.0; d], vec![0.0; d], vec![0.0; d]);
                     for t in 0..40 {
                         source.query(&mut q);

@@ -2,19 +2,19 @@
 //! longer replay.
 
 use crate::case::{Case, KeySource, Strides, Style};
-use crate::distribution::Distribution;
+use crate::distribution::{self, Distribution, exp2};
 use crate::rng::Rng;
 use fam_core::{Dtype, InfiniRule, Op, Shape, Span, Window};
 
 /// Numbers at, before and after the edges of tiles of 16, 32, 64 and 128, and primes between.
 const LENGTHS: [u32; 21] = [0, 1, 2, 3, 5, 7, 13, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 97, 127, 128, 129];
-const TOKEN_WINDOWS: [usize; 15] = [1, 2, 3, 7, 13, 15, 16, 17, 31, 32, 33, 61, 65, 127, 129];
-const BLOCK_WINDOWS: [usize; 12] = [0, 0, 1, 1, 1, 2, 2, 3, 5, 15, 16, 17];
-const BLOCK_LENS: [usize; 18] = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 97, 127, 128, 129];
-const HEAD_DIMS: [usize; 14] = [1, 2, 7, 8, 16, 31, 59, 64, 80, 96, 111, 128, 192, 256];
-const MEM_LENS: [usize; 6] = [0, 1, 2, 7, 16, 64];
+pub(crate) const TOKEN_WINDOWS: [usize; 18] = [1, 2, 3, 7, 13, 15, 16, 17, 31, 32, 33, 61, 63, 64, 65, 127, 128, 129];
+pub(crate) const BLOCK_WINDOWS: [usize; 12] = [0, 0, 1, 1, 1, 2, 2, 3, 5, 15, 16, 17];
+pub(crate) const BLOCK_LENS: [usize; 19] = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 128, 129];
+pub(crate) const HEAD_DIMS: [usize; 14] = [1, 2, 7, 8, 16, 31, 59, 64, 80, 96, 111, 128, 192, 256];
+pub(crate) const MEM_LENS: [usize; 6] = [0, 1, 2, 7, 16, 64];
 /// Groups up to one that is larger than the row tile of any kernel.
-const HEADS: [(usize, usize); 7] = [(1, 1), (4, 1), (8, 2), (6, 3), (9, 3), (17, 1), (72, 1)];
+pub(crate) const HEADS: [(usize, usize); 7] = [(1, 1), (4, 1), (8, 2), (6, 3), (9, 3), (17, 1), (72, 1)];
 
 pub(crate) fn start(seed: u64) -> Rng {
     Rng::of(seed, "case")
@@ -43,7 +43,7 @@ pub(crate) fn case(seed: u64) -> Case {
         1..20 => 1e6,
         _ => 2.5e5,
     };
-    let is_dense = op == Op::Attend && rng.chance(9, 20);
+    let is_dense = op == Op::Attend && rng.chance(11, 20);
     loop {
         if let Some(case) = attempt(seed, op, dtype, distribution, is_dense, &mut rng)
             && case.work() as f64 <= limit
@@ -169,7 +169,7 @@ fn shape(op: Op, dtype: Dtype, distribution: Distribution, is_dense: bool, rng: 
         .window(window)
         .mem_len(rng.pick(if is_dense { &MEM_LENS[1..] } else { &MEM_LENS }))
         .dtype(dtype);
-    let builder = match scale(distribution, rng) {
+    let builder = match scale(distribution, dtype, rng) {
         Some(scale) => builder.scale(scale),
         None => builder,
     };
@@ -183,12 +183,19 @@ fn shape(op: Op, dtype: Dtype, distribution: Distribution, is_dense: bool, rng: 
 }
 
 /// `None`: the default, 1/√D.
-fn scale(distribution: Distribution, rng: &mut Rng) -> Option<f32> {
+fn scale(distribution: Distribution, dtype: Dtype, rng: &mut Rng) -> Option<f32> {
     let exact = rng.pick(&[1.0, 0.5, 0.25, 0.125]);
-    let (is_default, any) = (rng.chance(2, 3), rng.pick(&[exact, exact, 0.3, -0.2, 0.0]));
+    // Weights that a scale folded into 16 bits would lose, and logits as far out as f32 reaches.
+    let (tiny, extreme) = (rng.pick(&[1e-30, -1e-30, 1e-6]), exp2(rng.pick(&[-10, 20, 100])) as f32);
+    let (is_default, any) = (rng.chance(2, 3), rng.pick(&[exact, exact, 0.3, -0.2, 0.0, tiny]));
+    let is_extreme = rng.chance(1, 4);
     match distribution {
         // Times the lowest value, any other scale would leave f32.
         Distribution::Adversary => Some(1.0),
+        Distribution::F32Limit => Some(distribution::limit_scale(dtype) as f32),
+        // q carries the inverse of the scale.
+        Distribution::EqualHuge if is_extreme => Some(exp2(rng.pick(&[-10, 10])) as f32),
+        d if d.has_exact_logits() && is_extreme => Some(extreme),
         d if d.has_exact_logits() => Some(exact),
         // Finite logits stay small, so that no weight underflows beside an infinite value.
         Distribution::NonFinite => None,

@@ -56,8 +56,14 @@ impl Tensor {
                 self.bytes[range.clone()].copy_from_slice(&after[range]);
             }
         }
-        self.bytes.iter().zip(after).position(|(before, after)| before != after)
+        first_difference(&self.bytes, after)
     }
+}
+
+/// Where two buffers of one length first differ.
+pub(crate) fn first_difference(before: &[u8], after: &[u8]) -> Option<usize> {
+    // Nearly always they do not, which the whole slices tell far faster than their bytes.
+    (before != after).then(|| before.iter().zip(after).position(|(before, after)| before != after)).flatten()
 }
 
 /// A layout of `shape`, arranged as `strides` says. Outputs never repeat an element.

@@ -2,7 +2,7 @@
 
 use crate::case::{Case, KeySource};
 use crate::data::{Data, Place, Role};
-use crate::guard::{CANARY, POISON, TAIL, Tensor};
+use crate::guard::{CANARY, POISON, TAIL, Tensor, first_difference};
 use crate::harness::{Harness, Mem, Owned};
 use crate::rng::hash;
 use crate::wild;
@@ -85,7 +85,7 @@ impl<H: Harness + ?Sized> Region<H> {
 
 /// Fails if an input of the call is no longer what it was.
 fn same_bytes(name: &str, before: &[u8], after: &[u8]) -> Result<(), Stop> {
-    match before.iter().zip(after).position(|(before, after)| before != after) {
+    match first_difference(before, after) {
         None => Ok(()),
         Some(at) => Err(Stop::Failed(format!("{name}: byte {at} of an input was written"))),
     }

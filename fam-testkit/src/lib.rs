@@ -29,6 +29,7 @@ mod data;
 mod distribution;
 mod draw;
 mod endless;
+mod fill;
 mod finite;
 mod generate;
 mod guard;

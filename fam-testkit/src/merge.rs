@@ -165,8 +165,12 @@ fn draw(case: &Case, sizes: [usize; 5]) -> [Part; 2] {
                 }
             }
             if case.distribution == Distribution::NonFinite && rng.chance(1, 8) {
-                let c = rng.below(sizes[4]);
-                a.o.row_mut(&at)[c] = rng.pick(&[f64::NAN, f64::INFINITY, f64::NEG_INFINITY]);
+                let (part, c) = (if rng.chance(1, 2) { &mut *a } else { &mut *b }, rng.below(sizes[4]));
+                match rng.below(4) {
+                    // Beside an empty part nothing is weighed.
+                    0 if case.strides != Strides::Broadcast && (empty >= 4 || empty == 0) => part.lse.row_mut(&at)[0] = f64::NAN,
+                    _ => part.o.row_mut(&at)[c] = rng.pick(&[f64::NAN, f64::INFINITY, f64::NEG_INFINITY]),
+                }
             }
         }
     }

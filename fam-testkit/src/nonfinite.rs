@@ -17,38 +17,42 @@ pub(crate) fn spoil(case: &Case, data: &mut Data) {
         Op::Attend if rng.chance(1, 4) => hide_keys(case, data, &mut rng),
         // Infinities in σ would leave the order of sums to decide.
         Op::Attend if case.fused && rng.chance(1, 4) => {
-            let role = rng.pick(&[Role::InfiniQ, Role::M, Role::Z]);
-            scatter(data, role, &[f64::NAN], &mut rng);
+            let role = rng.pick(&[Role::InfiniQ, Role::M, Role::Z, Role::Beta]);
+            scatter(case, data, role, &[f64::NAN], &mut rng);
         }
+        Op::Attend if case.sink && rng.chance(1, 4) => scatter(case, data, Role::Sink, &[f64::NAN], &mut rng),
         Op::Attend => {
             let role = rng.pick(&[Role::Q, Role::MemQ, Role::K, Role::V, Role::MemK, Role::MemV]);
-            scatter(data, role, &kinds, &mut rng);
+            scatter(case, data, role, &kinds, &mut rng);
         }
         Op::InfiniRead => {
-            let role = rng.pick(&[Role::OLocal, Role::InfiniQ, Role::M, Role::Z]);
-            scatter(data, role, if role == Role::OLocal { &kinds } else { &[f64::NAN] }, &mut rng);
+            let role = rng.pick(&[Role::OLocal, Role::InfiniQ, Role::M, Role::Z, Role::Beta]);
+            scatter(case, data, role, if role == Role::OLocal { &kinds } else { &[f64::NAN] }, &mut rng);
         }
         Op::InfiniWrite => {
             let role = rng.pick(&[Role::V, Role::K, Role::M, Role::Z]);
-            scatter(data, role, if role == Role::V { &kinds } else { &[f64::NAN] }, &mut rng);
+            scatter(case, data, role, if role == Role::V { &kinds } else { &[f64::NAN] }, &mut rng);
         }
         Op::Append => {
-            scatter(data, Role::K, &kinds, &mut rng);
-            scatter(data, Role::MemV, &kinds, &mut rng);
+            for role in [Role::K, Role::V, Role::MemK, Role::MemV] {
+                scatter(case, data, role, &kinds, &mut rng);
+            }
         }
         _ => {}
     }
 }
 
-fn scatter(data: &mut Data, role: Role, kinds: &[f64], rng: &mut Rng) {
-    let values = &mut data.get_mut(role).data;
-    if values.is_empty() {
+/// At one to four places of rows that the call sees.
+fn scatter(case: &Case, data: &mut Data, role: Role, kinds: &[f64], rng: &mut Rng) {
+    let (places, values) = (case.places(role), data.get_mut(role));
+    let [.., heads, d] = values.shape;
+    if places.is_empty() {
         return;
     }
     let (count, kind) = (1 + rng.below(4), rng.pick(kinds));
     for _ in 0..count {
-        let at = rng.below(values.len());
-        values[at] = kind;
+        let [n, i, r] = rng.pick(&places).value;
+        values.row_mut(&[n, i, r, rng.below(heads)])[rng.below(d)] = kind;
     }
 }
 

@@ -53,6 +53,8 @@ struct Stream {
     served: BTreeMap<u64, (u64, usize)>,
     /// Memory rows of a block, one after the other, and the tokens that it had when they were computed.
     mem_o: BTreeMap<u64, (usize, Row)>,
+    /// Tokens in whole blocks that it shares with the stream that it was copied from, which shows them.
+    shared: usize,
     /// m and z when the stream left its slot.
     state: Option<[Vec<u8>; 2]>,
 }
@@ -183,7 +185,7 @@ where
         let mem = [q, kv, kv].map(|width| self.normal(blocks * f * width));
         let (o, served, mem_o) = Default::default();
         self.retire(slot)?;
-        self.data.push(Stream { origin, len, rows, mem, o, served, mem_o, state: None });
+        self.data.push(Stream { origin, len, rows, mem, o, served, mem_o, shared: 0, state: None });
         let streams = &mut self.streams;
         self.h.run(&mut |queue| streams.reset(queue, slot as u32, origin))?;
         self.slots[slot] = Some(Live { stream: self.data.len() - 1, done: 0, staged: None });
@@ -309,7 +311,8 @@ where
         if self.snapshot(slot)? != before || self.snapshot(to)? != before {
             return Err(Stop::Failed(format!("slots {slot} and {to} are not what {slot} was before the copy")));
         }
-        let mut fork = Stream { state: None, ..self.data[live.stream].clone() };
+        let shared = live.done.saturating_sub((self.position(&live) % self.shape.block_len() as u64) as usize);
+        let mut fork = Stream { shared, state: None, ..self.data[live.stream].clone() };
         for tensor in [Q, K, V, INFINI_Q, INFINI_K] {
             let from = live.done * self.width(tensor);
             let new = self.normal(fork.rows[tensor].len() - from);

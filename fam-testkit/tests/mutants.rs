@@ -13,7 +13,8 @@ use fam_testkit::{Budget, Level, Outcome, PROPERTIES, SuiteOptions, run_property
 use std::collections::BTreeMap;
 
 /// Errors in `fam_core::Streams`.
-const STREAMS: [&str; 3] = ["streams-stale-ring-row", "streams-flip-before-write", "streams-reset-keeps-m"];
+const STREAMS: [&str; 4] =
+    ["streams-stale-ring-row", "streams-flip-before-write", "streams-reset-keeps-m", "infini-rotated-keys"];
 /// Cases of a run; each property, and the random life of streams, takes part with `SEEDS` more.
 const CASES: u64 = 9_000;
 const SEEDS: u64 = 40;

@@ -142,7 +142,8 @@ impl<B: Device> Buffers<B> {
             backend.attend(plan, queue, self.attend(spans, &mut step), scratch)?;
         }
         if let (Some(i), Some(u)) = (&mut self.infini, &step.infini) {
-            backend.append(plan, queue, Append::new(spans).rows(u.k, step.v, i.ring.borrow_mut()), scratch)?;
+            let k = mutate!("infini-rotated-keys", u.k, step.k);
+            backend.append(plan, queue, Append::new(spans).rows(k, step.v, i.ring.borrow_mut()), scratch)?;
             backend.infini_write(plan, queue, i.write(spans), scratch)?;
         }
         Ok(())

@@ -25,7 +25,7 @@ where
             let case = self.case(data, done, None)?;
             return self.judge(stream, &case, 0, self.outputs(data, &case, None));
         }
-        let (first, last) = (self.shape.block(data.origin), self.shape.block(data.origin + done as u64 - 1));
+        let (first, last) = (self.shape.block(data.origin + data.shared as u64), self.shape.block(data.origin + done as u64 - 1));
         for block in first..=last {
             let end = (((block + 1) * b).min(data.origin + done as u64) - data.origin) as usize;
             let from = ((block * b).max(data.origin) - data.origin) as usize;
