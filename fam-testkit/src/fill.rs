@@ -66,9 +66,11 @@ fn sink_below_zero(row: &mut [f64], least: f64, dtype: Dtype, rng: &mut Rng) {
     row.iter_mut().for_each(|x| *x = x.max(least));
 }
 
-/// A gate's logit: mostly open or shut by some share.
+/// A gate's logit: mostly open or shut by some share, now and then as far as f32 tells, and beyond.
 fn beta(rng: &mut Rng) -> f64 {
-    (rng.pick(&[0.5, 1.0, 4.0]) * rng.normal()).clamp(-12.0, 12.0) as f32 as f64
+    let usual = rng.pick(&[0.5, 1.0, 4.0]) * rng.normal();
+    let far = rng.sign() * rng.pick(&[12.0, 17.0, 30.0, 90.0, 100.0]);
+    (if rng.chance(1, 6) { far } else { usual }) as f32 as f64
 }
 
 /// A sink's logit: among those of keys, far above or below them, and a quarter of the largest that there is.

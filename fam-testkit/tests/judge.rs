@@ -68,11 +68,12 @@ fn right(case: &CaseFile) -> (BTreeMap<String, Tensor>, Verdict) {
 
 #[test]
 fn huge_logits_that_are_exact_are_judged() {
-    for distribution in ["logit-1e5", "logit-1e6", "f16-limit", "equal-huge", "adversary"] {
+    for distribution in ["logit-1e5", "logit-1e6", "f16-limit", "f32-limit", "equal-huge", "adversary"] {
         let filter = Filter { ops: vec![Op::Attend], text: format!(" {distribution} "), ..Filter::default() };
         let cases = (0..).filter_map(|i| Case::generate(case_seed(11, i), &filter));
         let files = cases.filter_map(|case| case_file(&case).unwrap()).filter(|file| file.infini.is_none());
-        for file in files.take(20) {
+        // A sink far above a row's logits leaves it weights that 16 bits lose.
+        for file in files.filter(|file| file.sink.is_none()).take(20) {
             let (outputs, verdict) = right(&file);
             assert_eq!(verdict.vacuous, 0, "{}", file.source);
             let mut o = outputs["o"].clone();
@@ -82,7 +83,7 @@ fn huge_logits_that_are_exact_are_judged() {
             assert!(wrong.is_some() || is_zero, "zeros pass: {}", file.source);
         }
     }
-    assert!(Distribution::ALL.iter().filter(|d| d.has_exact_logits()).count() == 5);
+    assert!(Distribution::ALL.iter().filter(|d| d.has_exact_logits()).count() == 6);
 }
 
 #[test]
