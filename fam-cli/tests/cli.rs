@@ -163,6 +163,7 @@ fn bad_arguments_are_refused_in_one_line() {
     refused(&["run", "--output", "o"], &["required", "<CASE>", "Usage: fam run"]);
     refused(&["case", "--op", "foo"], &["--op", "foo", "attend, infini"]);
     refused(&["test", "--isolate", "--backend", "cuda"], &["cuda", "unavailable"]);
+    refused(&["case", "--op", "layer", "--out", "o"], &["op", "layer", "--gradients"]);
 }
 
 #[test]
@@ -248,6 +249,30 @@ fn comparing_nothing_is_not_right() {
     for (tokens, checked) in [("2", "checked   1 random blocks"), ("1000", "checked   100 random blocks")] {
         let out = fam(&["run", &case, "--tokens", tokens]);
         assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains(checked), "{out:?}");
+    }
+}
+
+/// Files with gradients are for others: what they hold is theirs to compare, and `run` says that it does not read them.
+#[test]
+fn gradients_are_written_for_every_op() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for (op, tensors) in [
+        ("attend", &["expected_o", "d_lse", "expected_d_q", "expected_d_k", "expected_d_v"][..]),
+        ("infini", &["expected_m", "d_z", "expected_d_infini_k", "expected_d_beta", "expected_d_m0"]),
+        ("merge", &["expected_lse", "d_o", "expected_d_o_a", "expected_d_lse_b"]),
+        ("layer", &["expected_y", "expected_memory", "expected_d_prompt", "expected_d_layers.1.w_down"]),
+    ] {
+        let path = folder.path().join(op);
+        let path = path.to_str().expect("UTF-8");
+        let made = fam(&["case", "--gradients", "--op", op, "--seed", "5", "--out", path]);
+        assert_eq!(made.status.code(), Some(0), "{op}: {}", String::from_utf8_lossy(&made.stderr));
+        let bytes = std::fs::read(path).expect("the file");
+        let file = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+        for name in tensors {
+            let tensor = file.tensor(name).unwrap_or_else(|e| panic!("{op}: {name}: {e}"));
+            assert_eq!(tensor.dtype(), safetensors::Dtype::F64, "{op}: {name}");
+        }
+        assert_eq!(fam(&["run", path]).status.code(), Some(2), "{op}");
     }
 }
 

@@ -121,7 +121,7 @@
 //!
 //! # 8. The backward pass
 //!
-//! Not here yet. Its place: argument structs beside the forward's; [`Support::saved_bytes`] for what a forward call must keep (o_local before
+//! Not here yet: only `fam-ref` has it. Its place: argument structs beside the forward's; [`Support::saved_bytes`] for what a forward call must keep (o_local before
 //! the gate, and lse); linear key caches ([`Keys::Strided`]), since a ring has forgotten; entries of m and z for every segment.
 #![forbid(unsafe_code)]
 

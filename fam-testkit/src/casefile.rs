@@ -4,11 +4,11 @@ mod tensors;
 
 use fam_core::{Dtype, Error, InfiniRule, Result, Shape, Window};
 use safetensors::SafeTensors;
-use safetensors::tensor::TensorView;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 pub use tensors::Tensor;
 use tensors::{FILE, Header, Tensors, file_dtype};
+pub(crate) use tensors::{Stored, serialize};
 
 /// The largest `start` of a stream.
 pub(crate) const MAX_START: u64 = u64::MAX / 4;
@@ -254,6 +254,12 @@ impl CaseFile {
     /// # Errors
     /// [`Error::Malformed`] where the tensors cannot be written.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let expected = self.expected.iter().map(|(name, t)| (format!("expected_{name}"), Stored::of(t)));
+        serialize(Some(self.metadata()?), self.inputs().into_iter().chain(expected))
+    }
+
+    /// What the file says in words.
+    pub(crate) fn metadata(&self) -> Result<HashMap<String, String>> {
         let mut metadata = HashMap::from([("format".to_string(), "1".to_string())]);
         let mut set = |name: &str, value: String| metadata.insert(name.into(), value);
         set("op", if self.infini.is_some() { "infini" } else { "attend" }.into());
@@ -268,10 +274,16 @@ impl CaseFile {
         if let Some(infini) = &self.infini {
             set("rule", if infini.rule == InfiniRule::Delta { "delta" } else { "linear" }.into());
         }
+        Ok(metadata)
+    }
 
-        let mut tensors: Vec<(String, &Tensor)> = vec![("q".into(), &self.q), ("k".into(), &self.k), ("v".into(), &self.v)];
+    /// All tensors but the expected ones.
+    pub(crate) fn inputs(&self) -> Vec<(String, Stored)> {
         let infini = self.infini.as_ref();
-        for (name, tensor) in [
+        let named = [
+            ("q", Some(&self.q)),
+            ("k", Some(&self.k)),
+            ("v", Some(&self.v)),
             ("mem_q", self.mem_q.as_ref()),
             ("mem_k", self.mem.as_ref().map(|(k, _)| k)),
             ("mem_v", self.mem.as_ref().map(|(_, v)| v)),
@@ -281,21 +293,10 @@ impl CaseFile {
             ("beta", infini.map(|i| &i.beta)),
             ("m0", infini.and_then(|i| i.m0.as_ref())),
             ("z0", infini.and_then(|i| i.z0.as_ref())),
-        ] {
-            tensors.extend(tensor.map(|t| (name.to_string(), t)));
-        }
-        tensors.extend(self.expected.iter().map(|(name, t)| (format!("expected_{name}"), t)));
-        let integers = |values: &[u64]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        let (start, lengths) = (integers(&self.start), integers(&self.lengths));
-        let mut views = Vec::new();
-        let malformed = |e: safetensors::SafeTensorError| Error::malformed(FILE, e.to_string());
-        for (name, t) in tensors {
-            views.push((name, TensorView::new(file_dtype(t.dtype).1, t.shape.clone(), &t.data).map_err(malformed)?));
-        }
-        for (name, data) in [("start", &start), ("lengths", &lengths)] {
-            views.push((name.into(), TensorView::new(safetensors::Dtype::I64, vec![self.batch], data).map_err(malformed)?));
-        }
-        safetensors::serialize(views, Some(metadata)).map_err(malformed)
+        ];
+        let tensors = named.into_iter().filter_map(|(name, t)| t.map(|t| (name.to_string(), Stored::of(t))));
+        let integers = [("start", &self.start), ("lengths", &self.lengths)];
+        tensors.chain(integers.map(|(name, values)| (name.to_string(), Stored::integers(values)))).collect()
     }
 }
 
@@ -331,11 +332,7 @@ pub fn read_outputs(bytes: &[u8], case: &CaseFile) -> Result<BTreeMap<String, Te
 /// # Errors
 /// [`Error::Malformed`] where the tensors cannot be written.
 pub fn write_outputs(outputs: &BTreeMap<String, Tensor>) -> Result<Vec<u8>> {
-    let malformed = |e: safetensors::SafeTensorError| Error::malformed(FILE, e.to_string());
-    let views = outputs.iter().map(|(name, t)| {
-        TensorView::new(file_dtype(t.dtype).1, t.shape.clone(), &t.data).map(|view| (name.clone(), view)).map_err(malformed)
-    });
-    safetensors::serialize(views.collect::<Result<Vec<_>>>()?, None).map_err(malformed)
+    serialize(None, outputs.iter().map(|(name, t)| (name.clone(), Stored::of(t))))
 }
 
 /// The bytes of a file.

@@ -57,18 +57,18 @@ struct InfiniReference {
     first_spoiled: Vec<Vec<usize>>,
 }
 
-fn spans(case: &CaseFile) -> Vec<Span> {
+pub(crate) fn spans(case: &CaseFile) -> Vec<Span> {
     let mem_rows = if case.mem.is_some() { case.shape.mem_len() } else { 0 };
     let spans = (0..case.batch).map(|n| Span::new(n as u32, case.start[n], case.lengths[n] as u32).with_origin(case.start[n]));
     spans.map(|s| s.with_mem_rows(mem_rows as u32)).collect()
 }
 
-fn tokens(tensor: &Tensor) -> Array<4> {
+pub(crate) fn tokens(tensor: &Tensor) -> Array<4> {
     Array { shape: std::array::from_fn(|axis| tensor.shape[axis]), data: tensor.values() }
 }
 
 /// Memory rows with every stream and block written out.
-fn memory(case: &CaseFile, tensor: &Tensor) -> Array<5> {
+pub(crate) fn memory(case: &CaseFile, tensor: &Tensor) -> Array<5> {
     let sizes: [usize; 5] = std::array::from_fn(|axis| tensor.shape[axis]);
     let given = Array { shape: sizes, data: tensor.values() };
     let [_, _, f, h, d] = sizes;
@@ -249,7 +249,7 @@ fn block_of(case: &CaseFile, n: usize, row: usize) -> usize {
 }
 
 /// The segments that are written: the call's block i, and its first token's row in q, k and v.
-fn whole_segments(case: &CaseFile, n: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+pub(crate) fn whole_segments(case: &CaseFile, n: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
     let (b, start, end) = (case.shape.block_len() as u64, case.start[n], case.start[n] + case.lengths[n]);
     let first = start / b;
     (first..end / b).filter(move |t| t * b >= start).map(move |t| ((t - first) as usize, (t * b - start) as usize))

@@ -3,6 +3,7 @@
 
 use fam_core::{Dtype, Error, MAX_ELEMENTS, Result, bf16, f16};
 use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use serde::de::{Deserializer as _, MapAccess, Visitor};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -222,4 +223,39 @@ pub(crate) fn file_dtype(dtype: Dtype) -> (&'static str, safetensors::Dtype) {
         Dtype::Bf16 => ("BF16", safetensors::Dtype::BF16),
         _ => ("F32", safetensors::Dtype::F32),
     }
+}
+
+/// A tensor as it goes into a file.
+#[derive(Clone, Debug)]
+pub(crate) struct Stored {
+    dtype: safetensors::Dtype,
+    shape: Vec<usize>,
+    data: Vec<u8>,
+}
+
+impl Stored {
+    pub fn of(t: &Tensor) -> Self {
+        Stored { dtype: file_dtype(t.dtype).1, shape: t.shape.clone(), data: t.data.clone() }
+    }
+
+    pub fn integers(values: &[u64]) -> Self {
+        let data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Stored { dtype: safetensors::Dtype::I64, shape: vec![values.len()], data }
+    }
+
+    pub fn wide(shape: &[usize], values: &[f64]) -> Self {
+        let data = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Stored { dtype: safetensors::Dtype::F64, shape: shape.to_vec(), data }
+    }
+}
+
+/// A file of `tensors`.
+pub(crate) fn serialize(
+    metadata: Option<HashMap<String, String>>,
+    tensors: impl IntoIterator<Item = (String, Stored)>,
+) -> Result<Vec<u8>> {
+    let tensors: Vec<_> = tensors.into_iter().collect();
+    let malformed = |e: safetensors::SafeTensorError| Error::malformed(FILE, e.to_string());
+    let views = tensors.iter().map(|(name, t)| Ok((name, TensorView::new(t.dtype, t.shape.clone(), &t.data)?)));
+    safetensors::serialize(views.collect::<Result<Vec<_>, _>>().map_err(malformed)?, metadata).map_err(malformed)
 }
