@@ -32,7 +32,7 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
                 "wrong": verdict.wrong.as_ref().map(|(wrong, edges)| format!("{wrong} ({edges})")) }),
     )?;
     if verdict.vacuous > 0 {
-        report.line(format!("{} values cannot be judged: their bound is as large as they are", verdict.vacuous))?;
+        report.line(format!("{} values are not judged (docs/math.md, What is not judged)", verdict.vacuous))?;
     }
     match verdict.wrong {
         None if verdict.compared == 0 => {

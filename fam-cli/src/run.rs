@@ -186,10 +186,8 @@ fn say(name: &str, case: &CaseFile, mode: Mode, verdict: &Verdict, time: Duratio
         Some((wrong, edges)) => report.line(format!("  {:9} WRONG: {wrong} ({edges})", mode.name()))?,
     }
     if verdict.vacuous > 0 {
-        report.line(format!(
-            "            {} values cannot be judged: their bound is as large as they are",
-            grouped(verdict.vacuous)
-        ))?;
+        report
+            .line(format!("            {} values are not judged (docs/math.md, What is not judged)", grouped(verdict.vacuous)))?;
     }
     let worst: BTreeMap<_, _> = verdict.worst.iter().map(|(name, w)| (*name, w.ratio)).collect();
     report.record(

@@ -108,15 +108,15 @@
 //! |---|---|
 //! | NaN or infinity in a visible q row | that row |
 //! | NaN or infinity in visible k, v | rows of the call in tiles that load that key; other rows, heads and streams not in a bit |
-//! | a product q·k, or a sum of visible \|v\|, beyond f32 | that row is unspecified: an infinity or NaN; other rows not in a bit |
+//! | Σ_c \|q_c k_c\|, before or after the scale, beyond f32 | that row is unspecified; other rows not in a bit |
+//! | a sum of visible \|v\| beyond f32 | `o` of that row is unspecified, `lse` is not |
 //! | no stream, or no token | `Ok`, nothing is launched |
 //! | an op, size or dtype that a backend lacks | [`Error::Unsupported`] or [`Error::LimitExceeded`] when the plan is made, never later |
 //!
 //! # 7. What holds on every backend
 //!
 //! Within the error bound: block by block = the dense mask over the whole sequence; step = prefill = decode; both row groups in one call = two
-//! calls; any split of the keys, merged. That is: wherever every \|q·k\|, before and after the scale, and every sum of visible \|v\| is a
-//! number of f32. Bit for bit: a row does not depend on keys it may not see, on the other streams of the batch, on slots
+//! calls; any split of the keys, merged. Bit for bit: a row does not depend on keys it may not see, on the other streams of the batch, on slots
 //! or on the number of threads; a stream cut at a block's boundary, with snapshot and restore between, goes on unchanged; a repeat repeats.
 //!
 //! # 8. The backward pass

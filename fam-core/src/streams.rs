@@ -225,10 +225,20 @@ impl<B: Device> Streams<B> {
     /// Lets the memory of the block before serve the next block too: frozen memory.
     ///
     /// # Errors
-    /// [`Error::Invalid`] inside a block or for a slot out of range; [`Error::Poisoned`].
+    /// [`Error::Invalid`] inside a block, for a slot out of range, or where the stream's first block has a memory: there is none before;
+    /// [`Error::Poisoned`].
     pub fn keep_memory(&mut self, slots: &[u32]) -> Result<()> {
         for &slot in slots {
-            self.live_slot(slot)?.check_boundary(&self.shape)?;
+            let state = self.live_slot(slot)?;
+            state.check_boundary(&self.shape)?;
+            let is_first = self.shape.block(state.position) == self.shape.block(state.origin);
+            if let (true, Staged::Set(rows)) = (is_first, state.staged) {
+                return Err(Error::invalid(
+                    "memory",
+                    format!("{rows} rows set"),
+                    "no block before the stream's first has one to keep",
+                ));
+            }
         }
         for &slot in slots {
             self.slots[slot as usize].staged = Staged::Kept;

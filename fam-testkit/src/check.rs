@@ -158,6 +158,16 @@ impl Tally {
         }
     }
 
+    /// An element that has been counted, against another expected result.
+    fn stored(&mut self, at: Element, got: f64, expected: f64, bound: f64) {
+        let is_same = got == expected || (got.is_nan() && expected.is_nan());
+        // False where one of them is not finite.
+        let is_near = (got - expected).abs() <= bound;
+        if !is_same && !is_near {
+            self.wrong.get_or_insert(Wrong { at, got, expected, bound });
+        }
+    }
+
     /// One element that must be this very number, the sign of zero aside; NaN for NaN.
     pub fn exactly(&mut self, at: Element, got: f64, expected: f64) {
         if got != expected && !(got.is_nan() && expected.is_nan()) {
@@ -223,45 +233,39 @@ impl<'a> Checker<'a> {
         Bias::of_case(self.rounding.0, self.rounding.1)
     }
 
-    /// One element by its rule, or by none where the kernel declares that NaN may spread to it.
-    pub fn element(&mut self, at: Element, got: f64, expected: f64, rule: Rule, may_be_nan: bool) {
+    /// One element by its rule, or by none where the kernel declares that NaN may spread to it. `stored`: an expected result in f32 beside
+    /// the reference's, which allows for half an ulp more.
+    pub fn element(&mut self, at: Element, got: f64, expected: f64, rule: Rule, may_be_nan: bool, stored: Option<f64>) {
         let is_open = self.limits.nan == NanReach::Unspecified && !expected.is_finite();
         let rule = if is_open || (may_be_nan && got.is_nan()) { Rule::Any } else { rule };
         self.tally.element(at, got, expected, rule);
+        let bound = match rule {
+            Rule::Near(Tolerance { bound, .. }) => bound,
+            Rule::Same | Rule::Zero => 0.0,
+            Rule::NotFinite | Rule::Any => return,
+        };
+        if let Some(stored) = stored {
+            self.tally.stored(at, got, stored, bound + stored.abs() * Dtype::F32.unit_roundoff());
+        }
     }
 
-    /// A row of `o`, with what was read where the compressive memory is gated in. `stored`: an expected result in f32 beside the
-    /// reference's, which allows for half an ulp more.
+    /// A row of `o`, with what was read where the compressive memory is gated in; `stored` as in [`Checker::element`].
     pub fn row(&mut self, tensor: &'static str, row: &Row<'_>, read: Option<&Read>, got: &[f64], stored: Option<&[f64]>) {
         let [n, i, r, h] = row.index;
         let may_be_nan = row.may_be_nan || read.is_some_and(|read| read.may_be_nan);
         for (c, &got) in got.iter().enumerate() {
             let at = Element { tensor, index: [n, i, r, h, c] };
             let (expected, rule) = row.element(c, &self.bound, read);
-            self.element(at, got, expected, rule, may_be_nan);
-            if let Some(stored) = stored {
-                self.stored(at, got, stored[c], rule);
-            }
+            self.element(at, got, expected, rule, may_be_nan, stored.map(|stored| stored[c]));
         }
     }
 
-    /// The log-sum-exp of a row; `stored` as in [`Checker::row`].
+    /// The log-sum-exp of a row; `stored` as in [`Checker::element`].
     pub fn lse(&mut self, tensor: &'static str, row: &Row<'_>, got: f64, stored: Option<f64>) {
         let [n, i, r, h] = row.index;
         let at = Element { tensor, index: [n, i, r, h, 0] };
         let (expected, rule) = row.lse(&self.bound);
-        self.element(at, got, expected, rule, row.may_be_nan);
-        if let Some(stored) = stored {
-            self.stored(at, got, stored, rule);
-        }
-    }
-
-    /// One element against an expected result that is stored in f32.
-    pub fn stored(&mut self, at: Element, got: f64, stored: f64, rule: Rule) {
-        if let Rule::Near(tolerance) = rule {
-            let bound = tolerance.bound + stored.abs() * Dtype::F32.unit_roundoff();
-            self.tally.near(at, got, stored, Tolerance { bound, ..tolerance });
-        }
+        self.element(at, got, expected, rule, row.may_be_nan, stored);
     }
 
     /// Looks at how a row was rounded. Where logits are moderate and nothing underflows, what is left is rounding.

@@ -100,7 +100,7 @@ where
                 }
             };
             out.worst = out.worst.max(verdict.worst_ratio());
-            out.checked += 1;
+            out.checked += u64::from(verdict.compared > 0);
             if let (Some((wrong, edges)), None) = (&verdict.wrong, &out.wrong) {
                 out.wrong = Some(format!("block {t}: {wrong} ({edges})"));
             }

@@ -41,7 +41,7 @@ pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Resu
             let (read, local) = (reads.row(at, &limits)?, data.get(Role::OLocal).row(&at));
             for (c, &got) in got.row(&at).iter().enumerate() {
                 let (expected, rule) = read.gate(c, &checker.bound, [local[c], 0.0], local[c].abs());
-                checker.element(Element { tensor: "o", index: [n, 0, r, head, c] }, got, expected, rule, read.may_be_nan);
+                checker.element(Element { tensor: "o", index: [n, 0, r, head, c] }, got, expected, rule, read.may_be_nan, None);
             }
         }
     }

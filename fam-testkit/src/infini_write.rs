@@ -123,10 +123,10 @@ fn segment(
     let expected = fam_ref::infini_write(rule, &rows(Role::K), &rows(Role::V), &m0, &z0)?;
     let [of_m, of_z] = infini_write(b as usize, &expected);
     for x in 0..d * d {
-        checker.element(at_m(x), m1[x], expected.m[x], Rule::Near(of_m[x]), false);
+        checker.element(at_m(x), m1[x], expected.m[x], Rule::Near(of_m[x]), false, None);
     }
     for x in 0..d {
-        checker.element(at_z(x), z1[x], expected.z[x], Rule::Near(of_z[x]), false);
+        checker.element(at_z(x), z1[x], expected.z[x], Rule::Near(of_z[x]), false, None);
     }
     Ok(())
 }

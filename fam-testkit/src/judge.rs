@@ -124,10 +124,8 @@ impl Reference {
             let mut checker = Checker::new(Level::Hard, case.shape.dtype(), output.dtype, limits);
             match name {
                 "m" | "z" => self.state(case, name, |at, index, expected, tolerance| {
-                    checker.element(at, got[index], expected, Rule::Near(tolerance), false);
-                    if let Some(stored) = &stored {
-                        checker.stored(at, got[index], stored[index], Rule::Near(tolerance));
-                    }
+                    let stored = stored.as_ref().map(|stored| stored[index]);
+                    checker.element(at, got[index], expected, Rule::Near(tolerance), false, stored);
                 }),
                 _ => self.rows(first, case, name, &mut checker, &got, stored.as_deref()),
             }

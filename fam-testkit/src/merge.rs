@@ -95,11 +95,11 @@ fn check_row(
             let magnitude = a[0] * a[1].abs() + b[0] * b[1].abs();
             Rule::Near(Tolerance { bound: checker.bound.merged(expected[c], a, b, difference), magnitude })
         };
-        checker.element(at, got, expected[c], rule, false);
+        checker.element(at, got, expected[c], rule, false, None);
     }
     if let Some(got) = got_lse {
         let tolerance = Tolerance { bound: merged_lse(lse), magnitude: lse.abs() + 1.0 };
-        checker.element(Element { tensor: "lse", index: [n, i, r, h, 0] }, got, lse, Rule::Near(tolerance), false);
+        checker.element(Element { tensor: "lse", index: [n, i, r, h, 0] }, got, lse, Rule::Near(tolerance), false, None);
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Rows of attention, and what each of them is held to: one way for generated cases and for files.
 
 use crate::check::Rule;
-use crate::finite::Finite;
+use crate::finite::{Finite, magnitude};
 use crate::tolerance::{Bound, Condition, Limits, NanReach, Tolerance, tiles};
 use fam_core::{Result, Shape, Span};
 use fam_ref::{Array, Attended};
@@ -112,14 +112,21 @@ impl Problem {
             o: 0.0,
             a: 0.0,
             s,
-            sink: sink.unwrap_or(0.0).abs(),
+            // A sink that carries no weight does nothing but that: exp of a distance beyond CARRIED, however rounded, is next to none.
+            sink: sink.filter(|sink| *sink > lse - CARRIED).unwrap_or(0.0).abs(),
             n: rows.n[at],
-            tiles: tiles(keys, shape.block_len(), span.mem_rows as usize, limits.key_tile),
+            tiles: tiles(keys.clone(), shape.block_len(), span.mem_rows as usize, limits.key_tile),
             d: shape.head_dim() as f64,
             v_max: if v_max.is_finite() { v_max } else { seen.finite.v_max },
         };
         let may_be_nan = limits.nan != NanReach::Rows && self.loads_others(is_memory, at, limits);
-        Row { index: at, o, a, lse, condition, class, may_be_nan }
+        let sums_leave_f32 = condition.n * condition.v_max > f64::from(f32::MAX) && {
+            let mut sums = vec![0.0; o.len()];
+            let values = self.inputs.visible(Of::Values, n, block, keys.clone(), h / shape.group());
+            values.for_each(|v| sums.iter_mut().zip(v).for_each(|(sum, v)| *sum += magnitude(*v)));
+            sums.iter().any(|sum| *sum > f64::from(f32::MAX))
+        };
+        Row { index: at, o, a, lse, condition, class, sums_leave_f32, may_be_nan }
     }
 
     /// S as the bound takes it, and whether a logit may leave f32.
@@ -136,7 +143,7 @@ impl Problem {
         if dot.max(s) > f64::from(f32::MAX) {
             return (s, true);
         }
-        let is_exact = s > CARRIED && self.inputs.keys(n, block, keys, kv_head).all(|k| is_exact(q, k, scale));
+        let is_exact = s > CARRIED && self.inputs.visible(Of::Keys, n, block, keys, kv_head).all(|k| is_exact(q, k, scale));
         (if is_exact { CARRIED } else { s }, false)
     }
 
@@ -158,6 +165,13 @@ impl Problem {
         let keys = keys.start.saturating_sub(tile - 1)..keys.end + (tile - 1);
         seen.positions.iter().any(|p| keys.contains(p)) || seen.blocks.iter().any(|b| blocks.contains(b))
     }
+}
+
+/// What a key is made of.
+#[derive(Clone, Copy)]
+enum Of {
+    Keys,
+    Values,
 }
 
 /// Positions of the call that may share a tile of rows with row `r`.
@@ -194,12 +208,12 @@ impl Inputs {
         seen
     }
 
-    /// The keys that a row of the call's `block` sees.
-    fn keys(&self, n: usize, block: usize, positions: Range<u64>, kv_head: usize) -> impl Iterator<Item = &[f64]> {
-        let span = &self.spans[n];
-        let memory =
-            self.mem.iter().flat_map(move |[k, _]| (0..span.mem_rows as usize).map(move |f| k.row(&[n, block, f, kv_head])));
-        memory.chain(positions.map(move |p| self.k.row(&[n, (p - span.origin) as usize, kv_head])))
+    /// The keys, or the values, that a row of the call's `block` sees.
+    fn visible(&self, of: Of, n: usize, block: usize, positions: Range<u64>, kv_head: usize) -> impl Iterator<Item = &[f64]> {
+        let (span, tokens) = (&self.spans[n], [&self.k, &self.v][of as usize]);
+        let memory = self.mem.iter().map(move |mem| &mem[of as usize]);
+        let memory = memory.flat_map(move |x| (0..span.mem_rows as usize).map(move |f| x.row(&[n, block, f, kv_head])));
+        memory.chain(positions.map(move |p| tokens.row(&[n, (p - span.origin) as usize, kv_head])))
     }
 }
 
@@ -235,6 +249,8 @@ pub(crate) struct Row<'a> {
     /// The `o` and `a` of a channel are filled in for each.
     pub condition: Condition,
     pub class: Class,
+    /// Values whose sum, before it is divided by that of their weights, is no number of f32: `o` is left open, `lse` is not.
+    pub sums_leave_f32: bool,
     /// One of the row's tiles may load what is not finite, and the kernel says that its NaN then spreads.
     pub may_be_nan: bool,
 }
@@ -287,7 +303,8 @@ impl Row<'_> {
             (None, _) => (self.o[c], Rule::Near(Tolerance { bound: bound.o(&condition), magnitude: self.a[c] })),
             (Some(read), _) => read.gate(c, bound, [self.o[c], bound.o_f32(&condition)], self.a[c]),
         };
-        (expected, if self.class == Class::Unspecified { Rule::Any } else { rule })
+        let is_open = self.class == Class::Unspecified || self.sums_leave_f32;
+        (expected, if is_open { Rule::Any } else { rule })
     }
 
     /// What `lse` should be, and how closely.
@@ -295,6 +312,8 @@ impl Row<'_> {
         let Condition { s, sink, .. } = self.condition;
         let rule = match self.class {
             Class::Unspecified => Rule::Any,
+            // Minus infinity, or the sink.
+            Class::Empty => Rule::Same,
             // A logit of +∞ or NaN.
             _ if self.lse.is_nan() => Rule::NotFinite,
             _ => {

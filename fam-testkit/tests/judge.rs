@@ -73,7 +73,8 @@ fn huge_logits_that_are_exact_are_judged() {
         let cases = (0..).filter_map(|i| Case::generate(case_seed(11, i), &filter));
         let files = cases.filter_map(|case| case_file(&case).unwrap()).filter(|file| file.infini.is_none());
         // A sink far above a row's logits leaves it weights that 16 bits lose.
-        for file in files.filter(|file| file.sink.is_none()).take(20) {
+        let has_far_sink = |file: &CaseFile| file.sink.as_ref().is_some_and(|sink| sink.values().iter().any(|sink| *sink > 0.0));
+        for file in files.filter(|file| !has_far_sink(file)).take(20) {
             let (outputs, verdict) = right(&file);
             assert_eq!(verdict.vacuous, 0, "{}", file.source);
             let mut o = outputs["o"].clone();
@@ -189,4 +190,24 @@ fn edges_of_tiles_are_named() {
         stated.contains("last row of a tile of 16, 32") && stated.contains("its last key the last of a tile of 48"),
         "{stated}"
     );
+}
+
+/// A sink without weight changes nothing, and hides nothing: neither in `o` nor in `lse`.
+#[test]
+fn a_far_negative_sink_hides_no_error() {
+    let filter = Filter { ops: vec![Op::Attend], text: " normal ".into(), ..Filter::default() };
+    let cases = (0..).filter_map(|i| Case::generate(case_seed(12, i), &filter));
+    let files = cases.filter_map(|case| case_file(&case).unwrap()).filter(|file| file.infini.is_none());
+    for mut file in files.filter(|file| file.shape.dtype() == Dtype::F32).take(20) {
+        let far = [-1e3, -1e30, -f64::from(f32::MAX) / 4.0].into_iter().cycle().take(file.shape.heads());
+        file.sink = Some(Tensor::from_values(Dtype::F32, vec![file.shape.heads()], far));
+        file.expected.clear();
+        let (outputs, verdict) = right(&file);
+        assert_eq!(verdict.vacuous, 0, "{}", file.source);
+        for (name, error) in [("o", 1e-2), ("lse", 1e-2)] {
+            let mut changed = outputs[name].clone();
+            change(&mut changed, |_, x| x + error);
+            assert!(judge(&file, name, &changed, &Limits::any_kernel()).wrong.is_some(), "{name} of {}", file.source);
+        }
+    }
 }

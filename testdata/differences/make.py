@@ -408,7 +408,7 @@ def judge(fam, path):
         for name, tensor in theirs.items():
             save_file({name: tensor}, f"{folder}/output")
             verdict = subprocess.run([fam, "check", path, f"{folder}/output"], capture_output=True, text=True)
-            assert verdict.returncode == 1, f"{path.stem}: {name}: {verdict.stdout}{verdict.stderr}"
+            assert "\nwrong: " in verdict.stdout, f"{path.stem}: {name}: {verdict.stdout}{verdict.stderr}"
     return set(theirs)
 
 
