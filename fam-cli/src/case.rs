@@ -1,5 +1,6 @@
 //! `fam case`: generated cases as files with their expected results.
 
+use crate::replace::Replacement;
 use crate::report::Report;
 use crate::{Failure, Outcome};
 use fam::{Dtype, Op};
@@ -46,7 +47,7 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
         let Some((seed, case, bytes)) = seeds.find_map(|seed| write(args, seed).transpose()).transpose()? else { break };
         let name = format!("{}_{}_{seed:016x}.safetensors", args.op, args.dtype);
         let path = if args.count > 1 { args.out.join(name) } else { args.out.clone() };
-        std::fs::write(&path, bytes).map_err(|e| format!("{}: {e}", path.display()))?;
+        Replacement::new(&path)?.finish(&bytes)?;
         bar.inc(1);
         report.line(format!("{}: {case}", path.display()))?;
         report.record("case", json!({ "path": path.display().to_string(), "seed": crate::report::seed(seed), "case": case }))?;

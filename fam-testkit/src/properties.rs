@@ -181,7 +181,7 @@ fn same_bits<'a>(what: &str, a: impl Iterator<Item = &'a Array<5>>, b: impl Iter
 /// Passed with the worst share of a bound, or failed with the first element beyond.
 fn conclude(case: &Case, tally: Tally) -> Result<Passed, Stop> {
     match tally.wrong {
-        None => Ok(Passed { worst: tally.worst, ..Passed::default() }),
+        None => Ok(Passed { compared: tally.compared, vacuous: tally.vacuous, worst: tally.worst, ..Passed::default() }),
         Some(wrong) => Err(Stop::Failed(format!("{case}: {wrong}"))),
     }
 }

@@ -220,7 +220,8 @@ where
         Some((wrong, edges)) => Err(Stop::Failed(format!("{} as {mode}: {wrong} ({edges})", case.source))),
         None => {
             let larger = |a: Worst, b: Worst| if a.ratio < b.ratio { b } else { a };
-            Ok(Passed { worst: verdict.worst.into_values().reduce(larger), ..Passed::default() })
+            let (compared, vacuous) = (verdict.compared, verdict.vacuous);
+            Ok(Passed { compared, vacuous, worst: verdict.worst.into_values().reduce(larger), ..Passed::default() })
         }
     }
 }

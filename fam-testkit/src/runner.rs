@@ -1,7 +1,7 @@
 //! Running cases: one, or a suite of them on several threads.
 
 use crate::case::{Case, Filter};
-use crate::check::{Bias, Checker, Worst, edges};
+use crate::check::{Bias, Checker, Tally, Worst, edges};
 use crate::coverage::Coverage;
 use crate::data::Data;
 use crate::guard::POISON;
@@ -31,6 +31,10 @@ pub enum Outcome {
 /// Figures of a case that passed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Passed {
+    /// Elements that could have been wrong, held against the reference.
+    pub compared: u64,
+    /// Elements not judged ([`crate::Tally::vacuous`]).
+    pub vacuous: u64,
     /// The largest share of its bound that any element's error took; `None` where everything was compared bit for bit.
     pub worst: Option<Worst>,
     /// Rounding errors of `o`, for [`Report::bias`].
@@ -76,7 +80,10 @@ fn run_attend<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Result<P
 /// Passed with its figures, or failed with the first wrong element and the edges that it lies on.
 pub(crate) fn conclude(case: &Case, checker: Checker<'_>, digest: u64) -> Result<Passed, Stop> {
     match checker.tally.wrong {
-        None => Ok(Passed { worst: checker.tally.worst, bias: checker.bias(), digest }),
+        None => {
+            let Tally { compared, vacuous, worst, .. } = checker.tally;
+            Ok(Passed { compared, vacuous, worst, bias: checker.bias(), digest })
+        }
         Some(wrong) => {
             let at = edges(&case.shape, &case.spans[wrong.at.index[0]], &wrong.at, checker.limits);
             Err(Stop::Failed(format!("{wrong} ({at}; level {})", checker.bound.level)))
@@ -159,6 +166,10 @@ pub struct Report {
     pub skipped: BTreeMap<String, u64>,
     /// The largest share of a bound, and the case it was found in.
     pub worst: Option<(Worst, String)>,
+    /// Elements of generated cases that were held against the reference, and those that were not judged.
+    pub compared: u64,
+    /// See [`Report::compared`].
+    pub vacuous: u64,
     /// Rounding bias by output type.
     pub bias: BTreeMap<&'static str, Bias>,
     /// What the executed cases covered.
@@ -209,6 +220,8 @@ impl Report {
                 self.passed += 1;
                 self.coverage.add(case);
                 self.bias.entry(case.out_dtype.name()).or_default().add(&passed.bias);
+                self.compared += passed.compared;
+                self.vacuous += passed.vacuous;
                 // A sum of mixed hashes does not depend on the order that cases end in.
                 self.digest = self.digest.wrapping_add(crate::rng::Rng::new(passed.digest ^ index).next());
                 if let Some(worst) = passed.worst
@@ -280,6 +293,7 @@ impl fmt::Display for Report {
         for (reason, count) in &self.skipped {
             writeln!(f, "skipped {count}: {reason}")?;
         }
+        writeln!(f, "{} elements compared, {} not judged", self.compared, self.vacuous)?;
         if let Some((worst, case)) = &self.worst {
             writeln!(f, "worst {:.3} of its bound, {} {:?}, in {case}", worst.ratio, worst.at.tensor, worst.at.index)?;
         }

@@ -35,6 +35,7 @@ fn cpu_is_right_on_the_fixed_seed() {
     assert!(report.is_ok(), "replay a seed with Case::from_seed and run_case:\n{report}");
     assert!(report.skipped.is_empty(), "{:?}", report.skipped);
     assert!(report.coverage.dense_share() >= 0.3);
+    assert!(report.vacuous * 100 < report.compared, "{} of {} elements are not judged", report.vacuous, report.compared);
 }
 
 /// Neither the number of threads nor whose they are changes a bit of any result.

@@ -6,6 +6,7 @@
 `Infini` and `Attend` are what fam computes, written the long way; each class below is that but for one method, and says whose
 reading it is (repository, commit, file:line). docs/papers.md tells the reasons.
 """
+import json
 import pathlib
 import re
 import subprocess
@@ -213,7 +214,7 @@ class EluWithoutOne(Infini):
 
 
 class EluThenPlusOne(Infini):
-    """All that were read: F.elu(x) + 1 in float32, which is 0 from -17.33 on: 0 / 0."""
+    """lucidrains/infini-transformer-pytorch@5774bb3, infini_transformer.py:141, and most others: F.elu(x) + 1, in float32 0 from -17.33 on: 0 / 0."""
 
     def change(self, inputs):
         inputs["q"][0, 8, :] -= 22.0
@@ -397,7 +398,19 @@ def write(reading, path):
                **{f"x_theirs_{x}": y.float() for x, y in wrong.items()}}
     metadata = {"op": base.__name__.lower(), "window_blocks": 0, **problem.options(), "format": 1, "source": reading.__doc__}
     save_file({x: y.contiguous() for x, y in tensors.items()}, path, {x: str(y) for x, y in metadata.items()})
+    sort_metadata(path)
     return wrong
+
+
+def sort_metadata(path):
+    """So that a file's bytes are the same whenever it is written: the library gives metadata in any order."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    path.write_bytes(data[:8] + text.ljust(length) + data[8 + length:])
+    path.chmod(0o644)
 
 
 def judge(fam, path):
@@ -408,7 +421,7 @@ def judge(fam, path):
         for name, tensor in theirs.items():
             save_file({name: tensor}, f"{folder}/output")
             verdict = subprocess.run([fam, "check", path, f"{folder}/output"], capture_output=True, text=True)
-            assert "\nwrong: " in verdict.stdout, f"{path.stem}: {name}: {verdict.stdout}{verdict.stderr}"
+            assert re.search("^wrong: ", verdict.stdout, re.M), f"{path.stem}: {name}: {verdict.stdout}{verdict.stderr}"
     return set(theirs)
 
 

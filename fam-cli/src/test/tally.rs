@@ -67,6 +67,8 @@ impl Tally {
         for (op, axis, value, count) in generated.coverage.axes() {
             report.record("axis", json!({ "op": op, "axis": axis, "value": value, "count": count }))?;
         }
+        let (compared, vacuous) = (generated.compared, generated.vacuous);
+        report.line(format!("{compared} elements compared; {vacuous} not judged (docs/math.md, What is not judged)"))?;
         if let Some((worst, case)) = &generated.worst {
             report.line(format!("worst error {:.3} of its bound, in {case}", worst.ratio))?;
         }
@@ -79,7 +81,10 @@ impl Tally {
         let (digest, worst) = (format!("{:016x}", generated.digest), generated.worst.map(|(w, _)| w.ratio));
         let bias: BTreeMap<_, _> = generated.bias.iter().map(|(dtype, bias)| (*dtype, bias.share())).collect();
         let seed = crate::report::seed(self.args.seed);
-        report.record("suite", json!({ "seed": seed, "digest": digest, "worst": worst, "bias": bias }))
+        report.record(
+            "suite",
+            json!({ "seed": seed, "digest": digest, "compared": compared, "vacuous": vacuous, "worst": worst, "bias": bias }),
+        )
     }
 
     /// Says the sums. Wrong where anything failed, or nothing ran.
