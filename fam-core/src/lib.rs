@@ -21,8 +21,9 @@
 //!
 //! A [`Shape`] holds the sizes of a layer, a [`Spec`] adds the largest calls, a [`Plan`] is the kernels that a backend chose for it. Tensors
 //! are [`View`]s: borrowed memory with a [`Layout`] of five axes `[batch, blocks, rows, heads, head_dim]`, any non-negative stride but a unit
-//! one in `head_dim`. Callers with (batch, heads, tokens, dim) pass strides, not copies; an input stride of 0 repeats. Elements are f32, f16
-//! or bf16 ([`Dtype`]); `o` has the inputs' type or f32; `lse`, `m`, `z`, `sink` and `beta` are f32. Sums are in f32.
+//! one in `head_dim`. Callers with (batch, heads, tokens, dim) pass strides, not copies ([`Layout::heads_first`]); an input stride of 0
+//! repeats. Elements are f32, f16 or bf16 ([`Dtype`]); `o` has the inputs' type or f32; `lse`, `m`, `z`, `sink` and `beta` are f32. Sums are
+//! in f32.
 //!
 //! # 2. `attend`
 //!

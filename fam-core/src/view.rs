@@ -71,6 +71,25 @@ impl Layout {
         Self::packed(dtype, [batch, 1, tokens, heads, head_dim])
     }
 
+    /// `(batch, heads, rows, head_dim)`, for engines whose heads lie in front of their rows, with its strides of `[batch, heads, rows]` in
+    /// elements. The same memory, read where it lies.
+    ///
+    /// ```
+    /// use fam_core::{Dtype, Layout};
+    ///
+    /// // A projection of 5 rows to 3 heads of 4, transposed: the heads in front.
+    /// let packed = Layout::heads_first(Dtype::F32, [2, 3, 5, 4], [60, 4, 12]);
+    /// assert_eq!(packed, Layout::tokens(Dtype::F32, [2, 5, 3, 4]));
+    /// // The first 3 rows are tokens; behind them lies 1 memory row of each of 2 blocks.
+    /// let (q, mem_q) = (packed.rows(0, 3)?, packed.rows(3, 2)?.blocks_of(1)?);
+    /// assert_eq!((q.shape, mem_q.shape), ([2, 1, 3, 3, 4], [2, 2, 1, 3, 4]));
+    /// assert_eq!(mem_q.at([1, 1, 0, 2]), packed.at([1, 0, 4, 2]));
+    /// # Ok::<(), fam_core::Error>(())
+    /// ```
+    pub fn heads_first(dtype: Dtype, [batch, heads, rows, head_dim]: [usize; 4], [sb, sh, sr]: [usize; 3]) -> Self {
+        Layout { dtype, shape: [batch, 1, rows, heads, head_dim], stride: [sb, rows.saturating_mul(sr), sr, sh], offset: 0 }
+    }
+
     /// `[heads]` of f32: `sink` and `beta`.
     pub fn per_head(heads: usize) -> Self {
         Self::packed(Dtype::F32, [1, 1, 1, heads, 1])
@@ -100,6 +119,37 @@ impl Layout {
     pub fn with_stride(mut self, stride: [usize; 4]) -> Self {
         self.stride = stride;
         self
+    }
+
+    /// `count` rows of the tensor, from row `first` of each block on.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where the tensor has fewer.
+    pub fn rows(mut self, first: usize, count: usize) -> Result<Self> {
+        let all = self.shape[2];
+        if first.checked_add(count).is_none_or(|end| end > all) {
+            return Err(Error::invalid("rows", format!("{first} + {count}"), format!("at most the tensor's {all} rows")));
+        }
+        self.shape[2] = count;
+        self.offset = self.offset.saturating_add(first.saturating_mul(self.stride[2]));
+        Ok(self)
+    }
+
+    /// Rows that lie block after block as the blocks that they are, of `rows` rows each.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where the rows are no whole number of blocks, or already divided into some.
+    pub fn blocks_of(mut self, rows: usize) -> Result<Self> {
+        let [_, blocks, all, ..] = self.shape;
+        if blocks != 1 {
+            return Err(Error::invalid("blocks", blocks, "1: rows that are not divided into blocks yet"));
+        }
+        if rows == 0 || !all.is_multiple_of(rows) {
+            return Err(Error::invalid("rows", all, format!("a whole number of blocks of {rows} rows")));
+        }
+        (self.shape[1], self.shape[2]) = (all / rows, rows);
+        self.stride[1] = rows.saturating_mul(self.stride[2]);
+        Ok(self)
     }
 
     /// Number of elements, counting repeated ones, or `None` past `u64`.

@@ -166,6 +166,33 @@ fn views_that_break_a_rule_name_the_field() {
 }
 
 #[test]
+fn heads_in_front_of_rows_name_the_same_elements() {
+    // Memory (batch 2, heads 3, rows 7, dim 4) inside a larger tensor: 5 tokens, then 2 blocks of 1 memory row.
+    let (offset, [sb, sh, sr]) = (9, [500, 100, 6]);
+    let packed = Layout::heads_first(Dtype::F16, [2, 3, 7, 4], [sb, sh, sr]).with_offset(offset);
+    let (tokens, memory) = (packed.rows(0, 5).unwrap(), packed.rows(5, 2).unwrap().blocks_of(1).unwrap());
+    assert_eq!((tokens.shape, memory.shape), ([2, 1, 5, 3, 4], [2, 2, 1, 3, 4]));
+    for (n, h) in (0..2).flat_map(|n| (0..3).map(move |h| (n, h))) {
+        let element = |row: usize| offset + n * sb + h * sh + row * sr;
+        (0..5).for_each(|row| assert_eq!(tokens.at([n, 0, row, h]), element(row)));
+        (0..2).for_each(|block| assert_eq!(memory.at([n, block, 0, h]), element(5 + block)));
+    }
+    // The last element of all is that of the last memory row.
+    let last = (offset + sb + 2 * sh + 6 * sr + 3) as u64;
+    assert_eq!([packed, memory].map(|l| l.end_bytes()), [Some(2 * (last + 1)); 2]);
+    // No rows are some, too: a call without tokens has no blocks.
+    assert_eq!(packed.rows(7, 0).unwrap().blocks_of(3).unwrap().shape, [2, 0, 3, 3, 4]);
+
+    for (first, count) in [(0, 8), (8, 0), (3, 5), (usize::MAX, 2)] {
+        assert_eq!(packed.rows(first, count).map_err(field), Err("rows".into()), "{first} + {count}");
+    }
+    for rows in [0, 2, 8] {
+        assert_eq!(packed.blocks_of(rows).map_err(field), Err("rows".into()), "blocks of {rows}");
+    }
+    assert_eq!(memory.blocks_of(1).map_err(field), Err("blocks".into()));
+}
+
+#[test]
 fn scratch_and_device_spans_are_checked_like_tensors() {
     let s = shape().build().unwrap();
     let spec = s.spec(1, 4).build().unwrap();
@@ -230,6 +257,9 @@ proptest! {
         let layout = Layout { offset, ..Layout::packed(Dtype::F16, sizes).with_stride(stride) };
         let _ = (layout.elements(), layout.end_bytes());
         let _ = (Layout::infini_m(sizes[0], sizes[1], sizes[2], sizes[3]), Layout::tokens(Dtype::F32, [sizes[0]; 4]));
+        let _ = layout.rows(sizes[1], sizes[3]).and_then(|l| l.blocks_of(sizes[4])).map(|l| l.end_bytes());
+        let heads_first = Layout::heads_first(Dtype::F32, [sizes[0], sizes[1], sizes[2], sizes[3]], [stride[0], stride[1], stride[2]]);
+        let _ = heads_first.blocks_of(sizes[4]).and_then(|l| l.rows(offset, sizes[3])).map(|l| l.end_bytes());
         let span = Span::new(1, start, len).with_origin(origin);
         let _ = (span.end(), span.blocks(sizes[0]), span.block_keys(sizes[1], sizes[2]));
         let s = shape().build().unwrap();
