@@ -31,7 +31,8 @@ pub struct Attend<'a> {
     pub k: &'a Array<4>,
     /// Values, as `k`.
     pub v: &'a Array<4>,
-    /// Keys of the memory rows, `[N, nb, F, Hkv, D]`; the first `mem_rows` of each block are present. Needed where a span has any.
+    /// Keys of the memory rows, `[N, nb, F, Hkv, D]`; the first `mem_rows` of each block are present, and no others need a place in the
+    /// array. Needed where a span has any.
     pub mem_k: Option<&'a Array<5>>,
     /// Values of the memory rows, as `mem_k`.
     pub mem_v: Option<&'a Array<5>>,
@@ -178,12 +179,16 @@ impl<'a> Attend<'a> {
             x.check(field, [batch, x.shape[1], kv_heads, d])?;
             at_least(field, "rows", x.shape[1], keys)?;
         }
-        for (field, x, heads) in [("mem_q", self.mem_q, heads), ("mem_k", self.mem_k, kv_heads), ("mem_v", self.mem_v, kv_heads)]
-        {
+        if let Some(q) = self.mem_q {
+            q.check("mem_q", [batch, q.shape[1], mem_len, heads, d])?;
+            at_least("mem_q", "blocks", q.shape[1], blocks as u64)?;
+        }
+        for (field, x) in [("mem_k", self.mem_k), ("mem_v", self.mem_v)] {
             if let Some(x) = x {
-                x.check(field, [batch, x.shape[1], mem_len, heads, d])?;
+                x.check(field, [batch, x.shape[1], x.shape[2], kv_heads, d])?;
                 at_least(field, "blocks", x.shape[1], blocks as u64)?;
-            } else if field != "mem_q" {
+                at_least(field, "rows", x.shape[2], mem_rows.into())?;
+            } else {
                 check(field, "none", mem_rows == 0, "needed where a span has memory rows")?;
             }
         }

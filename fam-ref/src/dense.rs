@@ -4,11 +4,11 @@ use crate::Array;
 use crate::attend_backward::{add as accumulate, dot};
 use fam_core::Result;
 
-/// Keeps [`rms_norm`] of an all-zero row at zero.
-const RMS_EPSILON: f64 = 1e-6;
+/// Added to the mean square under RMSNorm's root: it keeps the norm of an all-zero row at zero. The papers name none.
+pub const RMS_EPSILON: f64 = 1e-6;
 
-/// Base of the rotary wavelengths (TransformerFAM, App. B.2).
-const ROPE_THETA: f64 = 10_000.0;
+/// Base of the rotary wavelengths (TransformerFAM, App. B.2): channel pair i of D/2 turns by position · `ROPE_THETA`^(−2i/D).
+pub const ROPE_THETA: f64 = 10_000.0;
 
 /// x w: `[T, I]` by `[I, J]` is `[T, J]`; an error names `w` by `field`.
 pub(crate) fn linear(x: &Array<2>, field: &'static str, w: &Array<2>) -> Result<Array<2>> {

@@ -13,10 +13,10 @@
 //! Block 0 starts from a prompt, F rows at the level of token embeddings, and differs twice (App. B.1): its memory rows have no
 //! residual (`A_F = mem_o W_o`), and F_0 of layer l is also what layer l + 1 starts from: the prompt travels up.
 //!
-//! The papers leave open, and chosen here: RMSNorm with gain as the norm; FF is SwiGLU, silu(x W_gate) · (x W_up) W_down; pairs of
-//! rotary channels are half-split; q and k of a memory row share one position (−F … −1 at block 0). `feedback_norm` is ours and
-//! not the paper's: RMSNorm with a learned gain on the memory that is fed back (not on the one that travels up), without which its
-//! magnitude grows with every block.
+//! The papers leave open, and chosen here: RMSNorm with gain as the norm, [`RMS_EPSILON`] under its root; FF is SwiGLU,
+//! silu(x W_gate) · (x W_up) W_down; pairs of rotary channels ([`ROPE_THETA`]) are half-split; q and k of a memory row share one
+//! position (−F … −1 at block 0). `feedback_norm` is ours and not the paper's: RMSNorm with a learned gain on the memory that is fed
+//! back (not on the one that travels up), without which its magnitude grows with every block.
 //!
 //! To run the attention in a kernel, put it between the hooks: [`Layer::project`], [`Layer::project_memory`] → kernel →
 //! [`Layer::finish`], [`Layer::finish_memory`] → [`Layer::feed_back`] → the next block's [`Layer::project_memory`].
@@ -24,7 +24,7 @@
 use crate::array::check;
 mod backward;
 
-pub use crate::dense::Random;
+pub use crate::dense::{RMS_EPSILON, ROPE_THETA, Random};
 use crate::dense::{add, gated, linear, rms_norm, rotate};
 use crate::{Array, Attend, Rows, attend};
 pub use backward::{LayerGradients, StackGradients};

@@ -1,6 +1,6 @@
 //! Properties of `attend` and `merge`, each against a formulation that shares no code with them.
 
-use crate::common::{Inputs, block_of, difference, shape, tokens_of};
+use crate::common::{Inputs, block_of, difference, memory_of, shape, tokens_of};
 use fam_core::{Shape, Span, Window};
 use fam_ref::{Array, Attend, Attended, Rows, attend, gate, merge};
 
@@ -235,6 +235,19 @@ fn ragged_spans_leave_the_rest_empty() {
     assert!(mem_rows.n.row(&[1, 0]).iter().all(|n| *n == 7.0));
     assert!(mem_rows.n.row(&[1, 1]).iter().all(|n| *n == 3.0));
     assert!(mem_rows.n.row(&[1, 2]).iter().chain(mem_rows.n.row(&[2])).all(|n| *n == 0.0));
+}
+
+#[test]
+fn memory_keys_have_the_rows_that_spans_name_or_more() {
+    let inputs = Inputs::new(shape(5, Window::Blocks(1), 3), 2, 12, 10);
+    let mut spans = inputs.spans();
+    (spans[0].mem_rows, spans[1].mem_rows) = (1, 2);
+    let expected = attend(&inputs.args(&spans)).unwrap();
+    for rows in [2, 4] {
+        let (mem_k, mem_v) = (memory_of(&inputs.mem_k, rows), memory_of(&inputs.mem_v, rows));
+        let attended = attend(&Attend { mem_k: Some(&mem_k), mem_v: Some(&mem_v), ..inputs.args(&spans) }).unwrap();
+        assert_eq!(attended, expected, "{rows} rows");
+    }
 }
 
 #[test]

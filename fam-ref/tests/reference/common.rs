@@ -92,6 +92,17 @@ pub fn block_of(x: &Array<5>, block: usize) -> Array<5> {
     Array::new([1, 1, f, h, d], x.row(&[0, block]).to_vec()).unwrap()
 }
 
+/// The first `rows` memory rows of every block; NaN beyond those that there are.
+pub fn memory_of(x: &Array<5>, rows: usize) -> Array<5> {
+    let [batch, blocks, mem_len, h, d] = x.shape;
+    let mut part = Array::full([batch, blocks, rows, h, d], f64::NAN);
+    for (n, block) in (0..batch).flat_map(|n| (0..blocks).map(move |block| (n, block))) {
+        let len = rows.min(mem_len) * h * d;
+        part.row_mut(&[n, block])[..len].copy_from_slice(&x.row(&[n, block])[..len]);
+    }
+    part
+}
+
 /// Largest difference; infinite where one is NaN or infinite and the other is not the same.
 pub fn difference(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());

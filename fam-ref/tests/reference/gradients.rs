@@ -1,6 +1,6 @@
 //! Every gradient against central finite differences of its forward pass.
 
-use crate::common::Inputs;
+use crate::common::{Inputs, memory_of};
 use fam_core::{InfiniRule, Shape, Span, Window};
 use fam_ref::layer::{Config, Layer, Random, Stack};
 use fam_ref::{
@@ -123,6 +123,15 @@ fn attend_with_hidden_keys_and_empty_rows() {
     for sink in [None, Some(&sink[..])] {
         check_attend(&format!("hidden keys, {sink:?}"), &inputs, &spans, sink, [true, true]);
     }
+}
+
+#[test]
+fn attend_with_no_more_memory_rows_than_spans_name() {
+    let mut inputs = Inputs::new(crate::common::shape(3, Window::Blocks(1), 3), 2, 7, 4);
+    (inputs.mem_k, inputs.mem_v) = (memory_of(&inputs.mem_k, 2), memory_of(&inputs.mem_v, 2));
+    let mut spans = inputs.spans();
+    (spans[0].mem_rows, spans[1].mem_rows) = (1, 2);
+    check_attend("two of three memory rows", &inputs, &spans, None, [true, true]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Inputs that do not fit are refused by name, never read past their end.
 
-use crate::common::{Inputs, shape};
+use crate::common::{Inputs, memory_of, shape};
 use fam_core::{Error, InfiniRule, Result, Window};
 use fam_ref::{Array, Attend, attend, infini_retrieve, infini_write, merge};
 
@@ -38,6 +38,8 @@ fn attend_refuses_what_does_not_fit() {
         refused(attend(&Attend { mem_k: Some(kv), ..args }), "mem_k");
         refused(attend(&Attend { mem_v: Some(kv), ..args }), "mem_v");
     }
+    refused(attend(&Attend { mem_k: Some(&memory_of(&inputs.mem_k, 2)), ..args }), "mem_k");
+    refused(attend(&Attend { mem_v: Some(&memory_of(&inputs.mem_v, 2)), ..args }), "mem_v");
     refused(attend(&Attend { mem_k: None, ..args }), "mem_k");
     refused(attend(&Attend { mem_v: None, ..args }), "mem_v");
     refused(attend(&Attend { sink: Some(&[0.0; 3]), ..args }), "sink");
