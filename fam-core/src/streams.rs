@@ -178,8 +178,10 @@ impl<B: Device> Streams<B> {
         Ok(state.memory(&self.shape, slot).is_err().then(|| self.shape.block(state.position)))
     }
 
-    /// Enqueues the memory of the block that the slots enter next: `mem_k`, `mem_v` `[N, 1, rows <= F, Hkv, D]`. Takes effect with the
-    /// commit of the block's first token; until then the memory of the block before stays whole.
+    /// Enqueues the memory of the block that the slots enter next: `mem_k`, `mem_v` `[N, 1, rows <= F, Hkv, D]`; no rows say that the block
+    /// has no memory. Takes effect with the commit of the block's first token; until then the memory of the block before stays whole.
+    ///
+    /// A frozen memory that moves, such as sinks that are rotated anew to stay in front of the window, is set at every block.
     ///
     /// # Errors
     /// [`Error::Invalid`] inside a block or for a shape without memory rows; those of [`crate::Backend::append`]; [`Error::Poisoned`].
@@ -222,7 +224,7 @@ impl<B: Device> Streams<B> {
         Ok(())
     }
 
-    /// Lets the memory of the block before serve the next block too: frozen memory.
+    /// Lets the memory of the block before serve the next block too: frozen memory. After a block without memory the next has none either.
     ///
     /// # Errors
     /// [`Error::Invalid`] inside a block, for a slot out of range, or where the stream's first block has a memory: there is none before;

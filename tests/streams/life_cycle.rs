@@ -65,6 +65,31 @@ fn a_kept_memory_serves_again() {
 }
 
 #[test]
+fn a_block_may_have_no_memory() {
+    // The same layer without memory rows: what a stream sees before its first memory, and after its last.
+    let shape = Shape::builder().heads(4).kv_heads(2).head_dim(8).block_len(4).window(Window::Blocks(2)).build().unwrap();
+    let [mut kept, mut none, mut without] = [layer(), layer(), Layer::new(&shape, 2)];
+    for block in 0..6 {
+        for layer in [&mut kept, &mut none] {
+            match block {
+                2 => layer.set_memory(0, FEED, 3).unwrap(),
+                3 => layer.set_memory(0, FEED, 0).unwrap(),
+                _ => {}
+            }
+        }
+        if ![2, 3].contains(&block) {
+            kept.streams.keep_memory(&[0]).unwrap();
+            none.set_memory(0, FEED, 0).unwrap();
+        }
+        let [kept_o, none_o, without_o] = [&mut kept, &mut none, &mut without].map(|layer| layer.tokens(0, FEED, 4).unwrap());
+        assert_eq!(kept_o, none_o, "block {block}");
+        // o and lse; memory rows are in the other two alone.
+        assert_eq!(kept_o[..without_o.len()] == without_o[..], block != 2, "block {block}");
+        assert_eq!(kept.snapshot(0), none.snapshot(0), "block {block}");
+    }
+}
+
+#[test]
 fn memory_is_exchanged_at_boundaries_alone() {
     let mut layer = layer();
     layer.tokens(0, FEED, 3).unwrap();
