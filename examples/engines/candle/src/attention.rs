@@ -2,7 +2,7 @@
 
 use crate::pack::Packing;
 use crate::threads::queue;
-use crate::view::{self, Number, with_number};
+use crate::view::{self, Argument, Number, with_number};
 use crate::wrap;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use fam::cpu::{Cpu, CpuPlan};
@@ -99,9 +99,6 @@ pub(crate) struct Op {
     pub packing: Packing,
 }
 
-/// A tensor as candle hands it to a custom op.
-type Argument<'a> = (&'a CpuStorage, &'a Layout);
-
 impl Op {
     /// All block rows, then all memory rows, each `[batch, rows, heads, dim]`: the two outputs of one launch lie in memory of their own, and
     /// each is ready to be projected.
@@ -112,18 +109,18 @@ impl Op {
         let mut out = vec![T::from_f64(0.0); batch * (tokens + blocks * mem_q) * heads * d];
         let (o, mem_o) = out.split_at_mut(batch * tokens * heads * d);
 
-        let linear = Keys::Strided { k: view::rows::<T>(k, 0, 1, keys)?, v: view::rows::<T>(v, 0, 1, keys)? };
+        let linear = Keys::Strided { k: view::rows::<T>(k, 0, keys)?, v: view::rows::<T>(v, 0, keys)? };
         let mut args = Attend::new(Spans::Host(&self.spans), linear);
         if tokens > 0 {
             let o = ViewMut::tokens(o, [batch, tokens, heads, d]);
-            args = args.rows(Rows::new(view::rows::<T>(q, 0, 1, tokens)?, o));
+            args = args.rows(Rows::new(view::rows::<T>(q, 0, tokens)?, o));
         }
         if mem_q > 0 {
             let mem_o = ViewMut::of(mem_o, fam::Layout::packed(dtype, [batch, blocks, mem_q, heads, d]));
-            args = args.mem_rows(Rows::new(view::rows::<T>(q, tokens, blocks, mem_q)?, mem_o));
+            args = args.mem_rows(Rows::new(view::memory::<T>(q, tokens, blocks, mem_q)?, mem_o));
         }
         if mem_k > 0 {
-            args = args.mem(view::rows::<T>(k, keys, blocks, mem_k)?, view::rows::<T>(v, keys, blocks, mem_k)?);
+            args = args.mem(view::memory::<T>(k, keys, blocks, mem_k)?, view::memory::<T>(v, keys, blocks, mem_k)?);
         }
         let Inner { cpu, plan, .. } = &*self.attention.inner;
         self.attention.with_scratch(|scratch| cpu.attend(plan, &mut queue(), args, scratch)).map_err(wrap)?;

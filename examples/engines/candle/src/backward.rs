@@ -11,12 +11,12 @@ impl Op {
     pub fn backward(&self, [q, k, v]: [&Tensor; 3], d_out: &Tensor) -> Result<[Tensor; 3]> {
         let Packing { batch, tokens, blocks, mem_q, keys, mem_k } = self.packing;
         let shape = *self.attention.shape();
-        let (heads, d, f) = (shape.heads(), shape.head_dim(), shape.mem_len());
+        let (heads, d) = (shape.heads(), shape.head_dim());
 
-        // 1. The arguments as the reference takes them: a memory has all of its F rows, present or not.
-        let (q_rows, mem_q_rows) = (token_rows(q, tokens)?, memory_rows(q, tokens, [blocks, mem_q, f])?);
-        let (k_rows, mem_k_rows) = (token_rows(k, keys)?, memory_rows(k, keys, [blocks, mem_k, f])?);
-        let (v_rows, mem_v_rows) = (token_rows(v, keys)?, memory_rows(v, keys, [blocks, mem_k, f])?);
+        // 1. The arguments as the reference takes them.
+        let (q_rows, mem_q_rows) = (token_rows(q, tokens)?, memory_rows(q, tokens, blocks, mem_q)?);
+        let (k_rows, mem_k_rows) = (token_rows(k, keys)?, memory_rows(k, keys, blocks, mem_k)?);
+        let (v_rows, mem_v_rows) = (token_rows(v, keys)?, memory_rows(v, keys, blocks, mem_k)?);
         let args = fam_ref::Attend {
             shape: &shape,
             spans: &self.spans,
@@ -41,22 +41,22 @@ impl Op {
         let grads = fam_ref::attend_backward(&args, &upstream).map_err(wrap)?;
 
         // 3. Rows of tokens and of memory side by side again.
-        let packed = |of: &Tensor, rows: Option<Array<4>>, memory: Option<Array<5>>, present: usize| {
+        let packed = |of: &Tensor, rows: Option<Array<4>>, memory: Option<Array<5>>| {
             let mut groups = Vec::new();
             if let Some(rows) = rows {
                 groups.push(Tensor::from_vec(rows.data, &rows.shape, &Device::Cpu)?.transpose(1, 2)?);
             }
             if let Some(memory) = memory {
-                let [n, _, _, h, d] = memory.shape;
-                let memory = Tensor::from_vec(memory.data, &memory.shape, &Device::Cpu)?.narrow(2, 0, present)?;
-                groups.push(memory.permute((0, 3, 1, 2, 4))?.reshape((n, h, blocks * present, d))?);
+                let [n, blocks, rows, h, d] = memory.shape;
+                let memory = Tensor::from_vec(memory.data, &memory.shape, &Device::Cpu)?;
+                groups.push(memory.permute((0, 3, 1, 2, 4))?.reshape((n, h, blocks * rows, d))?);
             }
             Tensor::cat(&groups, 2)?.to_dtype(of.dtype())
         };
         Ok([
-            packed(q, grads.d_q, grads.d_mem_q, mem_q)?,
-            packed(k, Some(grads.d_k), grads.d_mem_k, mem_k)?,
-            packed(v, Some(grads.d_v), grads.d_mem_v, mem_k)?,
+            packed(q, grads.d_q, grads.d_mem_q)?,
+            packed(k, Some(grads.d_k), grads.d_mem_k)?,
+            packed(v, Some(grads.d_v), grads.d_mem_v)?,
         ])
     }
 }
@@ -68,12 +68,11 @@ fn token_rows(x: &Tensor, rows: usize) -> Result<Array<4>> {
     Ok(Array { shape: [n, rows, h, d], data: elements(&x)? })
 }
 
-/// The rows of a tensor (N, H, rows, D) behind the first `first`, `present` rows in each block, as `[N, blocks, F, H, D]`.
-fn memory_rows(x: &Tensor, first: usize, [blocks, present, f]: [usize; 3]) -> Result<Array<5>> {
+/// The rows of a tensor (N, H, rows, D) behind the first `first`, as `[N, blocks, rows, H, D]`.
+fn memory_rows(x: &Tensor, first: usize, blocks: usize, rows: usize) -> Result<Array<5>> {
     let (n, h, _, d) = x.dims4()?;
-    let x = x.narrow(2, first, blocks * present)?.reshape((n, h, blocks, present, d))?;
-    let x = x.pad_with_zeros(3, 0, f - present)?.permute((0, 2, 3, 1, 4))?;
-    Ok(Array { shape: [n, blocks, f, h, d], data: elements(&x)? })
+    let x = x.narrow(2, first, blocks * rows)?.reshape((n, h, blocks, rows, d))?.permute((0, 2, 3, 1, 4))?;
+    Ok(Array { shape: [n, blocks, rows, h, d], data: elements(&x)? })
 }
 
 fn elements(x: &Tensor) -> Result<Vec<f64>> {

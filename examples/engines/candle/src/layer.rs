@@ -6,12 +6,7 @@
 use crate::attention::{Attended, Attends};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use fam::{Shape, Span};
-use fam_ref::layer::Layer as Reference;
-
-/// Keeps the norm of an all-zero row at zero.
-const RMS_EPSILON: f64 = 1e-6;
-/// Base of the rotary wavelengths.
-const ROPE_THETA: f64 = 10_000.0;
+use fam_ref::layer::{Layer as Reference, RMS_EPSILON, ROPE_THETA};
 
 /// One layer's weights, linear maps as (in, out).
 #[derive(Clone, Debug)]

@@ -1,5 +1,6 @@
 //! Candle's tensors as fam's views: the same memory, the same strides.
 
+use crate::wrap;
 use candle_core::{CpuStorage, Layout, Result, Storage, WithDType, bail};
 use fam::{Element, View};
 use std::ops::Deref;
@@ -30,33 +31,30 @@ macro_rules! with_number {
 }
 pub(crate) use with_number;
 
-/// `blocks · rows` rows of a tensor (batch, heads, rows, dim), from row `first` on, as fam's `[batch, blocks, rows, heads, dim]`.
-pub fn layout<T: Number>(layout: &Layout, first: usize, blocks: usize, rows: usize) -> Result<fam::Layout> {
-    let (&[batch, heads, all, dim], &[sb, sh, sr, sd]) = (layout.dims(), layout.stride()) else {
+/// A tensor (batch, heads, rows, dim) as candle hands it to a custom op.
+pub type Argument<'a> = (&'a CpuStorage, &'a Layout);
+
+/// `count` of its rows from row `first` on: tokens.
+pub fn rows<'a, T: Number>((storage, layout): Argument<'a>, first: usize, count: usize) -> Result<View<'a, [u8]>> {
+    let (&[batch, heads, rows, dim], &[sb, sh, sr, sd]) = (layout.dims(), layout.stride()) else {
         bail!("expected (batch, heads, rows, dim), got {:?}", layout.shape());
     };
-    if first + blocks * rows > all {
-        bail!("rows {first}..{} of a tensor of {all} rows", first + blocks * rows);
-    }
     if sd != 1 && dim > 1 {
         bail!("dim has stride {sd}: the last axis must be contiguous");
     }
-    let packed = fam::Layout::packed(<T as Element>::DTYPE, [batch, blocks, rows, heads, dim]);
-    Ok(packed.with_stride([sb, rows * sr, sr, sh]).with_offset(layout.start_offset() + first * sr))
+    let all = fam::Layout::heads_first(<T as Element>::DTYPE, [batch, heads, rows, dim], [sb, sh, sr]);
+    let part = all.with_offset(layout.start_offset()).rows(first, count).map_err(wrap)?;
+    Ok(View::of(T::cpu_storage_as_slice(storage)?, part))
 }
 
-/// Those rows of borrowed storage.
-pub fn rows<'a, T: Number>(
-    (storage, of): (&'a CpuStorage, &Layout),
-    first: usize,
-    blocks: usize,
-    rows: usize,
-) -> Result<View<'a, [u8]>> {
-    Ok(View::of(T::cpu_storage_as_slice(storage)?, layout::<T>(of, first, blocks, rows)?))
+/// Its rows from row `first` on as `blocks` blocks of `rows` each: memory rows.
+pub fn memory<'a, T: Number>(of: Argument<'a>, first: usize, blocks: usize, rows: usize) -> Result<View<'a, [u8]>> {
+    let View { mem, layout } = self::rows::<T>(of, first, blocks * rows)?;
+    Ok(View::new(mem, layout.blocks_of(rows).map_err(wrap)?))
 }
 
 /// All rows of a tensor whose storage is borrowed ([`candle_core::Tensor::storage_and_layout`]), as tokens.
 pub fn tokens<'a, T: Number>((storage, of): &'a (impl Deref<Target = Storage>, &Layout)) -> Result<View<'a, [u8]>> {
     let Storage::Cpu(storage) = &**storage else { bail!("expected a tensor on the CPU") };
-    rows::<T>((storage, of), 0, 1, of.dims().get(2).copied().unwrap_or(0))
+    rows::<T>((storage, of), 0, of.dims().get(2).copied().unwrap_or(0))
 }
