@@ -167,26 +167,26 @@ fn views_that_break_a_rule_name_the_field() {
 
 #[test]
 fn heads_in_front_of_rows_name_the_same_elements() {
-    // Memory (batch 2, heads 3, rows 7, dim 4) inside a larger tensor: 5 tokens, then 2 blocks of 1 memory row.
+    // Memory (batch 2, heads 3, rows 9, dim 4) inside a larger tensor: 5 tokens, then 2 blocks of 2 memory rows.
     let (offset, [sb, sh, sr]) = (9, [500, 100, 6]);
-    let packed = Layout::heads_first(Dtype::F16, [2, 3, 7, 4], [sb, sh, sr]).with_offset(offset);
-    let (tokens, memory) = (packed.rows(0, 5).unwrap(), packed.rows(5, 2).unwrap().blocks_of(1).unwrap());
-    assert_eq!((tokens.shape, memory.shape), ([2, 1, 5, 3, 4], [2, 2, 1, 3, 4]));
+    let packed = Layout::heads_first(Dtype::F16, [2, 3, 9, 4], [sb, sh, sr]).with_offset(offset);
+    let (tokens, memory) = (packed.rows(0, 5).unwrap(), packed.rows(5, 4).unwrap().blocks_of(2).unwrap());
+    assert_eq!((tokens.shape, memory.shape), ([2, 1, 5, 3, 4], [2, 2, 2, 3, 4]));
     for (n, h) in (0..2).flat_map(|n| (0..3).map(move |h| (n, h))) {
         let element = |row: usize| offset + n * sb + h * sh + row * sr;
         (0..5).for_each(|row| assert_eq!(tokens.at([n, 0, row, h]), element(row)));
-        (0..2).for_each(|block| assert_eq!(memory.at([n, block, 0, h]), element(5 + block)));
+        (0..4).for_each(|row| assert_eq!(memory.at([n, row / 2, row % 2, h]), element(5 + row)));
     }
     // The last element of all is that of the last memory row.
-    let last = (offset + sb + 2 * sh + 6 * sr + 3) as u64;
+    let last = (offset + sb + 2 * sh + 8 * sr + 3) as u64;
     assert_eq!([packed, memory].map(|l| l.end_bytes()), [Some(2 * (last + 1)); 2]);
     // No rows are some, too: a call without tokens has no blocks.
-    assert_eq!(packed.rows(7, 0).unwrap().blocks_of(3).unwrap().shape, [2, 0, 3, 3, 4]);
+    assert_eq!(packed.rows(9, 0).unwrap().blocks_of(3).unwrap().shape, [2, 0, 3, 3, 4]);
 
-    for (first, count) in [(0, 8), (8, 0), (3, 5), (usize::MAX, 2)] {
+    for (first, count) in [(0, 10), (10, 0), (5, 5), (usize::MAX, 2)] {
         assert_eq!(packed.rows(first, count).map_err(field), Err("rows".into()), "{first} + {count}");
     }
-    for rows in [0, 2, 8] {
+    for rows in [0, 2, 10] {
         assert_eq!(packed.blocks_of(rows).map_err(field), Err("rows".into()), "blocks of {rows}");
     }
     assert_eq!(memory.blocks_of(1).map_err(field), Err("blocks".into()));
