@@ -122,8 +122,9 @@
 //!
 //! # 8. The backward pass
 //!
-//! Not here yet: only `fam-ref` has it. Its place: argument structs beside the forward's; [`Support::saved_bytes`] for what a forward call must keep (o_local before
-//! the gate, and lse); linear key caches ([`Keys::Strided`]), since a ring has forgotten; entries of m and z for every segment.
+//! Not here yet: only `fam-ref` has it. Its place: argument structs beside the forward's; [`Support::saved_bytes`] for what a forward call
+//! must keep (o_local before the gate, and lse); linear key caches ([`Keys::Strided`]), since a ring has forgotten; entries of m and z for
+//! every segment.
 #![forbid(unsafe_code)]
 
 mod append;

@@ -130,7 +130,8 @@ impl<B: Device> Streams<B> {
     /// Allocates the state of `plan.spec().slots()` empty streams.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a plan without the ops that a step is made of; [`Error::OutOfMemory`], [`Error::LimitExceeded`] or [`Error::DeviceLost`] from the device.
+    /// [`Error::Invalid`] for a plan without the ops that a step is made of; [`Error::OutOfMemory`], [`Error::LimitExceeded`] or
+    /// [`Error::DeviceLost`] from the device.
     pub fn new(backend: B, plan: &B::Plan) -> Result<Self> {
         let spec = plan.spec();
         let slots = spec.slots();

@@ -83,12 +83,10 @@ pub fn attention_oracle(case: &CaseFile, seed: u64) -> Result<Vec<u8>> {
     let mut passed = None;
     if let (Some(infini), Some(rows), Some((d_o, _))) = (&infini, &attended.rows, &d_rows) {
         let (d_m, d_z) = (random.array(infini.m().shape, 1.0), random.array(infini.z().shape, 1.0));
-        for (name, x) in [("expected_m", infini.m()), ("d_m", &d_m)] {
-            store(&mut file, name, x);
-        }
-        for (name, x) in [("expected_z", infini.z()), ("d_z", &d_z)] {
-            store(&mut file, name, x);
-        }
+        store(&mut file, "expected_m", infini.m());
+        store(&mut file, "expected_z", infini.z());
+        store(&mut file, "d_m", &d_m);
+        store(&mut file, "d_z", &d_z);
         let gradients = infini.backward(&rows.o, d_o, d_m, d_z)?;
         d_local = Some(gradients.d_o_local.clone());
         passed = Some(gradients);
