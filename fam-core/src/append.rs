@@ -1,9 +1,8 @@
 //! Arguments of `append`: new keys and values enter the cached tensors.
 
-use crate::backend::check_op;
+use crate::door::{Door, Expect};
 use crate::span::Extent;
-use crate::view::{Expect, check_bytes, check_overlap, check_ring};
-use crate::{Keys, Memory, Op, Plan, Result, Spans, View, ViewMut};
+use crate::{Memory, Op, Plan, Result, Spans, View, ViewMut};
 
 /// Copies (converts, packs) new keys and values to where `attend` reads them. Either group may be absent.
 #[derive(Debug)]
@@ -67,43 +66,27 @@ impl<'a, M: Memory + ?Sized> Append<'a, M> {
     /// # Errors
     /// [`crate::Error::Invalid`] or [`crate::Error::LimitExceeded`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
-        check_op(plan, Op::Append)?;
+        let mut door = Door::open(plan, Op::Append, scratch)?;
         let spec = plan.spec();
-        check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();
-        let Extent { batch, rows, blocks, slots, .. } = self.spans.validate(spec)?;
+        let Extent { batch, rows, blocks, slots, .. } = door.spans(&self.spans, spec)?;
         let exactly = [shape.kv_heads(), shape.head_dim()];
         if let Some(AppendRows { k, v, ring }) = &self.rows {
             let expect = Expect { field: "k", dtype: shape.dtype(), at_least: [batch, 1, rows], exactly };
-            expect.input(k)?;
-            Expect { field: "v", ..expect }.input(v)?;
-            check_ring(&**ring, plan)?;
+            door.input(expect, k)?;
+            door.input(expect.named("v"), v)?;
+            door.ring_mut(ring, plan)?;
         }
         if let Some(AppendMem { k, v, to_k, to_v }) = &self.mem_rows {
             let mem_len = self.spans.mem_rows(spec);
             let expect = Expect { field: "mem_k", dtype: shape.dtype(), at_least: [batch, blocks.max(1), mem_len], exactly };
-            expect.input(k)?;
-            Expect { field: "mem_v", ..expect }.input(v)?;
+            door.input(expect, k)?;
+            door.input(expect.named("mem_v"), v)?;
             let expect = Expect { field: "to_k", dtype: shape.kv_dtype(), at_least: [slots, blocks.max(1), mem_len], exactly };
-            expect.output(to_k)?;
-            Expect { field: "to_v", ..expect }.output(to_v)?;
+            door.output(expect, to_k)?;
+            door.output(expect.named("to_v"), to_v)?;
         }
-        let (rows, mem) = (self.rows.as_ref(), self.mem_rows.as_ref());
-        check_overlap(
-            &[
-                Some(("scratch", scratch, None)),
-                rows.map(|r| ("ring", &*r.ring, None)),
-                mem.map(|m| ("to_k", &*m.to_k.mem, Some(&m.to_k.layout))),
-                mem.map(|m| ("to_v", &*m.to_v.mem, Some(&m.to_v.layout))),
-            ],
-            &[
-                rows.map(|r| ("k", r.k.mem, Some(&r.k.layout))),
-                rows.map(|r| ("v", r.v.mem, Some(&r.v.layout))),
-                mem.map(|m| ("mem_k", m.k.mem, Some(&m.k.layout))),
-                mem.map(|m| ("mem_v", m.v.mem, Some(&m.v.layout))),
-                self.spans.named(),
-            ],
-        )
+        door.close()
     }
 }
 
@@ -134,16 +117,13 @@ impl<'a, M: Memory + ?Sized> ReadRing<'a, M> {
     pub fn validate(&self, plan: &impl Plan) -> Result<()> {
         let spec = plan.spec();
         let shape = spec.shape();
-        let extent = self.spans.validate(spec)?;
-        Keys::Ring(self.ring).validate(plan, &extent)?;
-        let Extent { batch, rows, .. } = extent;
+        let mut door = Door::new();
+        let Extent { batch, rows, .. } = door.spans(&self.spans, spec)?;
+        door.ring(self.ring, plan)?;
         let exactly = [shape.kv_heads(), shape.head_dim()];
         let expect = Expect { field: "k", dtype: shape.kv_dtype(), at_least: [batch, 1, rows], exactly };
-        expect.output(&self.k)?;
-        Expect { field: "v", ..expect }.output(&self.v)?;
-        check_overlap(
-            &[Some(("k", &*self.k.mem, Some(&self.k.layout))), Some(("v", &*self.v.mem, Some(&self.v.layout)))],
-            &[Some(("ring", self.ring, None)), self.spans.named()],
-        )
+        door.output(expect, &self.k)?;
+        door.output(expect.named("v"), &self.v)?;
+        door.close()
     }
 }

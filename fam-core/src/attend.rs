@@ -1,9 +1,9 @@
 //! Arguments of `attend`: one joint softmax over window, memory and the current block.
 
-use crate::backend::check_op;
+use crate::door::{Door, Expect};
+use crate::infini::states;
 use crate::span::Extent;
-use crate::view::{Expect, Named, check_bytes, check_overlap, check_ring};
-use crate::{Dtype, Error, Memory, Op, Plan, Result, Spans, Spec, View, ViewMut};
+use crate::{Dtype, Error, Layout, Memory, Op, Plan, Result, Shape, Spans, Spec, View, ViewMut};
 
 /// Block rows over window, memory keys and their own block, and memory rows over memory keys and the block, in one launch.
 /// Either row group may be absent (TransformerFAM, Alg. 2; without memory rows and keys Alg. 1).
@@ -24,6 +24,8 @@ pub struct Attend<'a, M: ?Sized> {
     pub sink: Option<View<'a, M>>,
     /// The compressive memory, read and gated into `rows` in the same launch.
     pub infini: Option<InfiniState<'a, M>>,
+    /// `[N, 1, L, Hq, D]` of f32: the block rows' output before the gate, for the backward pass. Only beside `infini`.
+    pub o_local: Option<ViewMut<'a, M>>,
 }
 
 /// One group of query rows with its outputs.
@@ -78,36 +80,31 @@ impl<M: ?Sized> Clone for Keys<'_, M> {
 }
 impl<M: ?Sized> Copy for Keys<'_, M> {}
 
-impl<'a, M: Memory + ?Sized> Keys<'a, M> {
-    pub(crate) fn validate(&self, plan: &impl Plan, extent: &Extent) -> Result<()> {
-        let shape = plan.spec().shape();
+impl<M: Memory + ?Sized> Keys<'_, M> {
+    pub(crate) fn validate<'v>(&'v self, door: &mut Door<'v, M>, plan: &impl Plan, extent: &Extent) -> Result<()> {
         match self {
-            Keys::Strided { k, v } => {
-                let rows = usize::try_from(extent.keys.unwrap_or(0)).map_err(|_| {
-                    Error::invalid("k", "linear cache", "more keys than memory can hold: use a ring or a later origin")
-                })?;
-                let at_least = [extent.slots, 1, rows];
-                let exactly = [shape.kv_heads(), shape.head_dim()];
-                let expect = Expect { field: "k", dtype: shape.kv_dtype(), at_least, exactly };
-                expect.input(k)?;
-                // Where only the kernel knows the positions, it looks at k alone to stay inside both.
-                let rows = if extent.keys.is_none() { k.layout.shape[2] } else { rows };
-                Expect { field: "v", at_least: [extent.slots, 1, rows], ..expect }.input(v)
-            }
-            Keys::Ring(_) if plan.spec().ring_rows() == 0 => {
-                Err(Error::invalid("keys", "a ring", "linear caches: the plan was made without append, and so without a ring"))
-            }
-            Keys::Ring(ring) => check_ring(*ring, plan),
+            Keys::Strided { k, v } => linear(door, plan.spec().shape(), extent, k, v),
+            Keys::Ring(ring) => door.ring(*ring, plan),
         }
     }
+}
 
-    /// The views, named, for overlap checks.
-    pub(crate) fn named(&self) -> [Option<Named<'_, M>>; 2] {
-        match self {
-            Keys::Strided { k, v } => [Some(("k", k.mem, Some(&k.layout))), Some(("v", v.mem, Some(&v.layout)))],
-            Keys::Ring(ring) => [Some(("ring", ring, None)), None],
-        }
-    }
+/// Checks linear caches.
+pub(crate) fn linear<'v, M: Memory + ?Sized>(
+    door: &mut Door<'v, M>,
+    shape: &Shape,
+    extent: &Extent,
+    k: &'v View<'_, M>,
+    v: &'v View<'_, M>,
+) -> Result<()> {
+    let rows = usize::try_from(extent.keys.unwrap_or(0))
+        .map_err(|_| Error::invalid("k", "linear cache", "more keys than memory can hold: use a ring or a later origin"))?;
+    let at_least = [extent.slots, 1, rows];
+    let expect = Expect { field: "k", dtype: shape.kv_dtype(), at_least, exactly: [shape.kv_heads(), shape.head_dim()] };
+    door.input(expect, k)?;
+    // Where only the kernel knows the positions, it looks at k alone to stay inside both.
+    let rows = if extent.keys.is_none() { k.layout.shape[2] } else { rows };
+    door.input(Expect { field: "v", at_least: [extent.slots, 1, rows], ..expect }, v)
 }
 
 /// Keys and values of memory rows, `[slots, entries, F, Hkv, D]` in the shape's kv_dtype; see [`crate::Span::mem_entry`].
@@ -132,45 +129,65 @@ pub struct InfiniState<'a, M: ?Sized> {
     pub beta: View<'a, M>,
 }
 
-impl<M: Memory + ?Sized> InfiniState<'_, M> {
-    pub(crate) fn validate(&self, spec: &Spec, extent: &Extent) -> Result<()> {
+impl<M: Memory + ?Sized> MemKeys<'_, M> {
+    /// Checks the memory keys of a call, or that it needs none.
+    pub(crate) fn validate<'v>(
+        mem: &'v Option<Self>,
+        door: &mut Door<'v, M>,
+        spans: &Spans<'_, M>,
+        spec: &Spec,
+        extent: &Extent,
+    ) -> Result<()> {
+        let Some(MemKeys { k, v }) = mem else {
+            return match spans.has_mem_rows() {
+                true => Err(Error::invalid("mem", "absent", "needed where a span has mem_rows > 0")),
+                false => Ok(()),
+            };
+        };
         let shape = spec.shape();
-        if shape.infini().is_none() {
-            return Err(Error::invalid("infini", "present", "the shape has no compressive memory"));
-        }
-        let (d, kv) = (shape.head_dim(), shape.kv_heads());
-        let &Extent { batch, rows, blocks, slots, .. } = extent;
-        let q = Expect { field: "infini_q", dtype: shape.dtype(), at_least: [batch, 1, rows], exactly: [shape.heads(), d] };
-        q.input(&self.q)?;
-        let entries = blocks.max(1);
-        Expect { field: "m", dtype: Dtype::F32, at_least: [slots, entries, d], exactly: [kv, d] }.input(&self.m)?;
-        Expect { field: "z", dtype: Dtype::F32, at_least: [slots, entries, 1], exactly: [kv, d] }.input(&self.z)?;
-        same_entries(&self.m.layout, &self.z.layout)?;
-        per_head("beta", &self.beta, shape.heads())
-    }
-
-    pub(crate) fn named(&self) -> [Option<Named<'_, M>>; 4] {
-        [("infini_q", &self.q), ("m", &self.m), ("z", &self.z), ("beta", &self.beta)]
-            .map(|(name, v)| Some((name, v.mem, Some(&v.layout))))
+        let at_least = [extent.slots, extent.blocks.min(1), spans.mem_rows(spec)];
+        let expect = Expect { field: "mem_k", dtype: shape.kv_dtype(), at_least, exactly: [shape.kv_heads(), shape.head_dim()] };
+        door.input(expect, k)?;
+        door.input(expect.named("mem_v"), v)?;
+        same_entries("mem_v", &k.layout, &v.layout)
     }
 }
 
-/// `m` and `z` count their entries alike, since one `state_entry` serves both.
-pub(crate) fn same_entries(m: &crate::Layout, z: &crate::Layout) -> Result<()> {
-    if m.shape[1] != z.shape[1] {
-        return Err(Error::invalid("z", format!("{} entries", z.shape[1]), format!("as many as m: {}", m.shape[1])));
+impl<M: Memory + ?Sized> InfiniState<'_, M> {
+    pub(crate) fn validate<'v>(&'v self, door: &mut Door<'v, M>, shape: &Shape, extent: &Extent) -> Result<()> {
+        check_infini(shape)?;
+        let &Extent { batch, rows, blocks, slots, .. } = extent;
+        let exactly = [shape.heads(), shape.head_dim()];
+        door.input(Expect { field: "infini_q", dtype: shape.dtype(), at_least: [batch, 1, rows], exactly }, &self.q)?;
+        let [m, z] = states(shape, slots, blocks.max(1), ["m", "z"]);
+        door.input(m, &self.m)?;
+        door.input(z, &self.z)?;
+        same_entries("z", &self.m.layout, &self.z.layout)?;
+        door.input(Expect::per_head("beta", shape.heads()), &self.beta)
+    }
+}
+
+/// Refuses a compressive memory that the shape lacks.
+pub(crate) fn check_infini(shape: &Shape) -> Result<()> {
+    match shape.infini() {
+        Some(_) => Ok(()),
+        None => Err(Error::invalid("infini", "present", "the shape has no compressive memory")),
+    }
+}
+
+/// Tensors whose entries one number of the span counts have as many of them.
+pub(crate) fn same_entries(field: &'static str, one: &Layout, other: &Layout) -> Result<()> {
+    if one.shape[1] != other.shape[1] {
+        let rule = format!("{} entries, as its partner has", one.shape[1]);
+        return Err(Error::invalid(field, format!("{} entries", other.shape[1]), rule));
     }
     Ok(())
-}
-
-pub(crate) fn per_head<M: Memory + ?Sized>(field: &'static str, view: &View<'_, M>, heads: usize) -> Result<()> {
-    Expect { field, dtype: Dtype::F32, at_least: [1, 1, 1], exactly: [heads, 1] }.input(view)
 }
 
 impl<'a, M: Memory + ?Sized> Attend<'a, M> {
     /// An attend without rows; set `rows`, `mem_rows` or both.
     pub fn new(spans: Spans<'a, M>, keys: Keys<'a, M>) -> Self {
-        Attend { spans, rows: None, mem_rows: None, keys, mem: None, sink: None, infini: None }
+        Attend { spans, rows: None, mem_rows: None, keys, mem: None, sink: None, infini: None, o_local: None }
     }
 
     /// Sets the block rows.
@@ -208,86 +225,64 @@ impl<'a, M: Memory + ?Sized> Attend<'a, M> {
         self
     }
 
+    /// Asks for the output before the gate too.
+    #[must_use]
+    pub fn o_local(mut self, o_local: ViewMut<'a, M>) -> Self {
+        self.o_local = Some(o_local);
+        self
+    }
+
     /// Checks every argument and the call's scratch memory against the plan. Backends call this first; kernels then trust.
     ///
     /// # Errors
     /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
-        check_op(plan, Op::Attend)?;
+        let mut door = Door::open(plan, Op::Attend, scratch)?;
         let spec = plan.spec();
-        check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();
-        let extent = self.spans.validate(spec)?;
-        let Extent { batch, rows, blocks, slots, .. } = extent;
-        let (heads, d) = (shape.heads(), shape.head_dim());
+        let extent = door.spans(&self.spans, spec)?;
+        let Extent { batch, rows, blocks, .. } = extent;
         if let Some(r) = &self.rows {
-            r.validate(spec, [batch, 1, rows], ["q", "o", "lse"])?;
+            r.validate(&mut door, spec, [batch, 1, rows], ["q", "o", "lse"])?;
         }
         if let Some(r) = &self.mem_rows {
-            r.validate(spec, [batch, blocks, shape.mem_len()], ["mem_q", "mem_o", "mem_lse"])?;
+            r.validate(&mut door, spec, [batch, blocks, shape.mem_len()], ["mem_q", "mem_o", "mem_lse"])?;
         }
-        self.keys.validate(plan, &extent)?;
-        match &self.mem {
-            Some(MemKeys { k, v }) => {
-                let at_least = [slots, blocks.min(1), self.spans.mem_rows(spec)];
-                let exactly = [shape.kv_heads(), d];
-                let expect = Expect { field: "mem_k", dtype: shape.kv_dtype(), at_least, exactly };
-                expect.input(k)?;
-                Expect { field: "mem_v", ..expect }.input(v)?;
-                if k.layout.shape[1] != v.layout.shape[1] {
-                    return Err(Error::invalid("mem_v", format!("{} entries", v.layout.shape[1]), "as many as mem_k"));
-                }
-            }
-            None if self.spans.has_mem_rows() => {
-                return Err(Error::invalid("mem", "absent", "needed where a span has mem_rows > 0"));
-            }
-            None => {}
-        }
+        self.keys.validate(&mut door, plan, &extent)?;
+        MemKeys::validate(&self.mem, &mut door, &self.spans, spec, &extent)?;
         if let Some(sink) = &self.sink {
-            per_head("sink", sink, heads)?;
+            door.input(Expect::per_head("sink", shape.heads()), sink)?;
         }
         if let Some(infini) = &self.infini {
-            infini.validate(spec, &extent)?;
+            infini.validate(&mut door, shape, &extent)?;
         }
-        let [k, v] = self.keys.named();
-        let [iq, m, z, beta] = self.infini.as_ref().map_or([None; 4], |i| i.named());
-        let (r, mr) = (self.rows.as_ref(), self.mem_rows.as_ref());
-        check_overlap(
-            &[
-                Some(("scratch", scratch, None)),
-                r.map(|r| ("o", &*r.o.mem, Some(&r.o.layout))),
-                r.and_then(|r| r.lse.as_ref()).map(|l| ("lse", &*l.mem, Some(&l.layout))),
-                mr.map(|r| ("mem_o", &*r.o.mem, Some(&r.o.layout))),
-                mr.and_then(|r| r.lse.as_ref()).map(|l| ("mem_lse", &*l.mem, Some(&l.layout))),
-            ],
-            &[
-                r.map(|r| ("q", r.q.mem, Some(&r.q.layout))),
-                mr.map(|r| ("mem_q", r.q.mem, Some(&r.q.layout))),
-                k,
-                v,
-                self.mem.as_ref().map(|m| ("mem_k", m.k.mem, Some(&m.k.layout))),
-                self.mem.as_ref().map(|m| ("mem_v", m.v.mem, Some(&m.v.layout))),
-                self.sink.as_ref().map(|s| ("sink", s.mem, Some(&s.layout))),
-                iq,
-                m,
-                z,
-                beta,
-                self.spans.named(),
-            ],
-        )
+        if let Some(o_local) = &self.o_local {
+            if self.infini.is_none() || self.rows.is_none() {
+                return Err(Error::invalid("o_local", "present", "needs rows and infini: elsewhere o is not gated"));
+            }
+            let exactly = [shape.heads(), shape.head_dim()];
+            door.output(Expect { field: "o_local", dtype: Dtype::F32, at_least: [batch, 1, rows], exactly }, o_local)?;
+        }
+        door.close()
     }
 }
 
 impl<M: Memory + ?Sized> Rows<'_, M> {
-    fn validate(&self, spec: &Spec, at_least: [usize; 3], [q, o, lse]: [&'static str; 3]) -> Result<()> {
+    fn validate<'v>(
+        &'v self,
+        door: &mut Door<'v, M>,
+        spec: &Spec,
+        at_least: [usize; 3],
+        [q, o, lse]: [&'static str; 3],
+    ) -> Result<()> {
         let shape = spec.shape();
         let expect = Expect { field: q, dtype: shape.dtype(), at_least, exactly: [shape.heads(), shape.head_dim()] };
-        expect.input(&self.q)?;
-        Expect { field: o, dtype: spec.out_dtype(), ..expect }.output(&self.o)?;
-        if let Some(view) = &self.lse {
-            Expect { field: lse, dtype: Dtype::F32, at_least, exactly: [shape.heads(), 1] }.output(view)?;
+        door.input(expect, &self.q)?;
+        door.output(expect.named(o).dtype(spec.out_dtype()), &self.o)?;
+        match &self.lse {
+            Some(view) => door.output(expect.per_row(lse), view),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

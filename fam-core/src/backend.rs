@@ -114,16 +114,6 @@ pub trait Plan: Send + Sync {
     fn support(&self) -> &Support;
 }
 
-/// Refuses an op that the plan was not made for.
-pub(crate) fn check_op(plan: &impl Plan, op: Op) -> Result<()> {
-    let ops = plan.spec().ops();
-    if ops.contains(&op) {
-        return Ok(());
-    }
-    let ops: Vec<_> = ops.iter().map(|op| op.name()).collect();
-    Err(Error::unsupported("op of this plan", op, format!("{} (see SpecBuilder::ops)", ops.join(", "))))
-}
-
 /// The plan of a backend that has nothing else to remember.
 impl Plan for (Spec, Support) {
     fn spec(&self) -> &Spec {

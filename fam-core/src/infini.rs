@@ -1,9 +1,8 @@
 //! Arguments of `infini_read` and `infini_write`: the compressive memory of Infini-attention (arXiv 2404.07143, Eq. 5–11).
 
-use crate::attend::same_entries;
-use crate::backend::check_op;
-use crate::view::{Expect, check_bytes, check_overlap};
-use crate::{Dtype, Error, InfiniState, Keys, Memory, Op, Plan, Result, Spans, View, ViewMut};
+use crate::attend::{check_infini, same_entries};
+use crate::door::{Door, Expect};
+use crate::{Dtype, InfiniState, Keys, Memory, Op, Plan, Result, Shape, Spans, View, ViewMut};
 
 /// Reads the compressive memory and gates it into the local attention:
 /// a = σ(q) m / (σ(q)·z), o = g·a + (1−g)·o_local. The unfused form of [`crate::Attend::infini`].
@@ -31,22 +30,16 @@ impl<'a, M: Memory + ?Sized> InfiniRead<'a, M> {
     /// # Errors
     /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
-        check_op(plan, Op::InfiniRead)?;
+        let mut door = Door::open(plan, Op::InfiniRead, scratch)?;
         let spec = plan.spec();
-        check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();
-        let extent = self.spans.validate(spec)?;
-        self.state.validate(spec, &extent)?;
+        let extent = door.spans(&self.spans, spec)?;
+        self.state.validate(&mut door, shape, &extent)?;
         let at_least = [extent.batch, 1, extent.rows];
         let expect = Expect { field: "o_local", dtype: Dtype::F32, at_least, exactly: [shape.heads(), shape.head_dim()] };
-        expect.input(&self.o_local)?;
-        Expect { field: "o", dtype: spec.out_dtype(), ..expect }.output(&self.o)?;
-        let [q, m, z, beta] = self.state.named();
-        let o_local = Some(("o_local", self.o_local.mem, Some(&self.o_local.layout)));
-        check_overlap(
-            &[Some(("scratch", scratch, None)), Some(("o", &*self.o.mem, Some(&self.o.layout)))],
-            &[q, m, z, beta, o_local, self.spans.named()],
-        )
+        door.input(expect, &self.o_local)?;
+        door.output(expect.named("o").dtype(spec.out_dtype()), &self.o)?;
+        door.close()
     }
 }
 
@@ -77,28 +70,22 @@ impl<'a, M: Memory + ?Sized> InfiniWrite<'a, M> {
     /// # Errors
     /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
-        check_op(plan, Op::InfiniWrite)?;
+        let mut door = Door::open(plan, Op::InfiniWrite, scratch)?;
         let spec = plan.spec();
-        check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
         let shape = spec.shape();
-        if shape.infini().is_none() {
-            return Err(Error::invalid("infini", "infini_write", "the shape has no compressive memory"));
-        }
-        let extent = self.spans.validate(spec)?;
-        self.keys.validate(plan, &extent)?;
-        let (d, kv) = (shape.head_dim(), shape.kv_heads());
-        let entries = extent.blocks + 1;
-        Expect { field: "m", dtype: Dtype::F32, at_least: [extent.slots, entries, d], exactly: [kv, d] }.output(&self.m)?;
-        Expect { field: "z", dtype: Dtype::F32, at_least: [extent.slots, entries, 1], exactly: [kv, d] }.output(&self.z)?;
-        same_entries(&self.m.layout, &self.z.layout)?;
-        let [k, v] = self.keys.named();
-        check_overlap(
-            &[
-                Some(("scratch", scratch, None)),
-                Some(("m", &*self.m.mem, Some(&self.m.layout))),
-                Some(("z", &*self.z.mem, Some(&self.z.layout))),
-            ],
-            &[k, v, self.spans.named()],
-        )
+        check_infini(shape)?;
+        let extent = door.spans(&self.spans, spec)?;
+        self.keys.validate(&mut door, plan, &extent)?;
+        let [m, z] = states(shape, extent.slots, extent.blocks + 1, ["m", "z"]);
+        door.output(m, &self.m)?;
+        door.output(z, &self.z)?;
+        same_entries("z", &self.m.layout, &self.z.layout)?;
+        door.close()
     }
+}
+
+/// m and z of so many slots and entries, or their gradients.
+pub(crate) fn states(shape: &Shape, slots: usize, entries: usize, [m, z]: [&'static str; 2]) -> [Expect; 2] {
+    let (d, exactly) = (shape.head_dim(), [shape.kv_heads(), shape.head_dim()]);
+    [(m, d), (z, 1)].map(|(field, rows)| Expect { field, dtype: Dtype::F32, at_least: [slots, entries, rows], exactly })
 }

@@ -130,6 +130,7 @@
 mod append;
 mod attend;
 mod backend;
+mod door;
 mod element;
 mod error;
 mod host;

@@ -1,8 +1,7 @@
 //! Arguments of `merge`: attention over two disjoint key sets becomes attention over their union.
 
-use crate::backend::check_op;
-use crate::view::{Expect, Named, check_bytes, check_overlap};
-use crate::{Dtype, Error, Memory, Op, Plan, Result, View, ViewMut};
+use crate::door::{Door, Expect};
+use crate::{Dtype, Layout, Memory, Op, Plan, Result, Spec, View, ViewMut};
 
 /// o = (e^lse_a·o_a + e^lse_b·o_b) / (e^lse_a + e^lse_b), lse = ln(e^lse_a + e^lse_b). An lse of −inf means "no keys"; two of them
 /// give o = +0, lse = −inf. A sink belongs to exactly one part.
@@ -46,32 +45,36 @@ impl<'a, M: Memory + ?Sized> Merge<'a, M> {
     /// # Errors
     /// [`Error::Invalid`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
-        check_op(plan, Op::Merge)?;
+        let mut door = Door::open(plan, Op::Merge, scratch)?;
         let spec = plan.spec();
-        check_bytes("scratch", scratch, plan.support().scratch_bytes)?;
-        let shape = spec.shape();
-        let [batch, blocks, rows, ..] = self.o.layout.shape;
-        let at_least = [batch, blocks, rows];
-        let (heads, d) = (shape.heads(), shape.head_dim());
-        crate::shape::elements("elements of o", &[batch, blocks, rows, heads, d])?;
-        for (part, names) in [(&self.a, ["o_a", "lse_a"]), (&self.b, ["o_b", "lse_b"])] {
-            let dtype = part.o.layout.dtype;
-            if dtype != Dtype::F32 && dtype != shape.dtype() {
-                return Err(Error::invalid(names[0], dtype, format!("dtype f32 or {}", shape.dtype())));
-            }
-            Expect { field: names[0], dtype, at_least, exactly: [heads, d] }.input(&part.o)?;
-            Expect { field: names[1], dtype: Dtype::F32, at_least, exactly: [heads, 1] }.input(&part.lse)?;
-        }
-        Expect { field: "o", dtype: spec.out_dtype(), at_least, exactly: [heads, d] }.output(&self.o)?;
+        let expect = whole(spec, "o", &self.o.layout)?;
+        self.a.validate(&mut door, expect, spec.shape().dtype(), ["o_a", "lse_a"])?;
+        self.b.validate(&mut door, expect, spec.shape().dtype(), ["o_b", "lse_b"])?;
+        door.output(expect, &self.o)?;
         if let Some(lse) = &self.lse {
-            Expect { field: "lse", dtype: Dtype::F32, at_least, exactly: [heads, 1] }.output(lse)?;
+            door.output(expect.per_row("lse"), lse)?;
         }
-        fn named<'v, M: ?Sized>(name: &'static str, v: &'v View<'_, M>) -> Option<Named<'v, M>> {
-            Some((name, v.mem, Some(&v.layout)))
-        }
-        check_overlap(
-            &[Some(("o", &*self.o.mem, Some(&self.o.layout))), self.lse.as_ref().map(|l| ("lse", &*l.mem, Some(&l.layout)))],
-            &[named("o_a", &self.a.o), named("lse_a", &self.a.lse), named("o_b", &self.b.o), named("lse_b", &self.b.lse)],
-        )
+        door.close()
+    }
+}
+
+/// What is expected of all tensors of a call whose sizes `layout` gives.
+pub(crate) fn whole(spec: &Spec, field: &'static str, layout: &Layout) -> Result<Expect> {
+    let [batch, blocks, rows, ..] = layout.shape;
+    let (heads, d) = (spec.shape().heads(), spec.shape().head_dim());
+    crate::shape::elements("elements of o", &[batch, blocks, rows, heads, d])?;
+    Ok(Expect { field, dtype: spec.out_dtype(), at_least: [batch, blocks, rows], exactly: [heads, d] })
+}
+
+impl<M: Memory + ?Sized> Partial<'_, M> {
+    pub(crate) fn validate<'v>(
+        &'v self,
+        door: &mut Door<'v, M>,
+        expect: Expect,
+        dtype: Dtype,
+        [o, lse]: [&'static str; 2],
+    ) -> Result<()> {
+        door.input(expect.named(o).wide(dtype, &self.o)?, &self.o)?;
+        door.input(expect.per_row(lse), &self.lse)
     }
 }

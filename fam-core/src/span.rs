@@ -125,14 +125,6 @@ impl<'a, M: crate::Memory + ?Sized> Spans<'a, M> {
         }
     }
 
-    /// Device memory that the spans lie in, for overlap checks.
-    pub(crate) fn named(&self) -> Option<crate::view::Named<'_, M>> {
-        match self {
-            Spans::Host(_) => None,
-            Spans::Device { mem, .. } => Some(("spans", mem, None)),
-        }
-    }
-
     /// Checks the spans against the plan; the largest `len`, nb and one past the largest slot.
     pub(crate) fn validate(&self, spec: &Spec) -> Result<Extent> {
         let batch = self.batch();

@@ -1,6 +1,6 @@
 //! Borrowed memory with strides: how every tensor reaches an op.
 
-use crate::{Dtype, Element, Error, Plan, Result};
+use crate::{Dtype, Element, Error, Result};
 
 /// What a backend hands out as memory: bytes on the CPU, a region of a buffer on a GPU.
 pub trait Memory {
@@ -183,7 +183,7 @@ impl Layout {
     /// Whether two different indices can name the same element: forbidden for outputs.
     ///
     /// Sufficient, not necessary: each axis, from the smallest stride up, must step over all elements of the ones before.
-    fn is_repeating(&self) -> bool {
+    pub(crate) fn is_repeating(&self) -> bool {
         if self.shape.contains(&0) {
             return false;
         }
@@ -276,118 +276,4 @@ impl<'a> ViewMut<'a, [u8]> {
     pub fn of<T: Element>(data: &'a mut [T], layout: Layout) -> Self {
         ViewMut::new(bytemuck::cast_slice_mut(data), layout)
     }
-}
-
-/// What an op expects of one of its views.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Expect {
-    /// Name in errors.
-    pub field: &'static str,
-    pub dtype: Dtype,
-    /// Least size of `[batch, blocks, rows]`; more is allowed and not touched.
-    pub at_least: [usize; 3],
-    /// Exact size of `[heads, head_dim]`.
-    pub exactly: [usize; 2],
-}
-
-impl Expect {
-    /// Checks an input.
-    pub fn input<M: Memory + ?Sized>(&self, view: &View<'_, M>) -> Result<()> {
-        self.layout(&view.layout, view.mem)
-    }
-
-    /// Checks an output.
-    pub fn output<M: Memory + ?Sized>(&self, view: &ViewMut<'_, M>) -> Result<()> {
-        self.layout(&view.layout, &*view.mem)?;
-        if view.layout.is_repeating() {
-            let strides = format!("{:?} for sizes {:?}", view.layout.stride, view.layout.shape);
-            return Err(Error::invalid(self.field, strides, "the elements of an output must be distinct"));
-        }
-        Ok(())
-    }
-
-    fn layout<M: Memory + ?Sized>(&self, layout: &Layout, mem: &M) -> Result<()> {
-        let bytes = mem.bytes();
-        if layout.dtype != self.dtype {
-            return Err(Error::invalid(self.field, layout.dtype, format!("dtype {}", self.dtype)));
-        }
-        let [batch, blocks, rows, heads, head_dim] = layout.shape;
-        let sizes = [batch, blocks, rows];
-        if [heads, head_dim] != self.exactly || sizes.iter().zip(self.at_least).any(|(&have, need)| have < need) {
-            let [n, t, r] = self.at_least;
-            let [h, d] = self.exactly;
-            return Err(Error::invalid(
-                self.field,
-                format!("{:?}", layout.shape),
-                format!("[batch >= {n}, blocks >= {t}, rows >= {r}, heads = {h}, head_dim = {d}]"),
-            ));
-        }
-        check_aligned(self.field, mem, self.dtype)?;
-        match layout.end_bytes() {
-            Some(end) if end <= bytes => Ok(()),
-            end => Err(Error::invalid(
-                self.field,
-                format!("{bytes} bytes"),
-                match end {
-                    Some(end) => format!("at least {end} bytes for shape, strides and offset"),
-                    None => "shape, strides and offset within 64 bits".into(),
-                },
-            )),
-        }
-    }
-}
-
-/// A name, the memory and the layout in it (`None`: all of it), for overlap checks.
-pub(crate) type Named<'a, M> = (&'static str, &'a M, Option<&'a Layout>);
-
-/// Refuses memory whose elements would not be aligned for their type. Offsets count elements, so the first byte decides.
-fn check_aligned<M: Memory + ?Sized>(field: &'static str, mem: &M, dtype: Dtype) -> Result<()> {
-    if mem.is_aligned(dtype) {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        field,
-        "misaligned memory",
-        format!("at an address that {dtype} may have: a multiple of {}", dtype.bytes()),
-    ))
-}
-
-/// Checks a key ring.
-pub(crate) fn check_ring<M: Memory + ?Sized>(ring: &M, plan: &impl Plan) -> Result<()> {
-    check_aligned("ring", ring, plan.spec().shape().kv_dtype())?;
-    check_bytes("ring", ring, plan.support().ring_bytes)
-}
-
-/// Checks the size of memory that an op uses whole: a key ring, or scratch.
-pub(crate) fn check_bytes<M: Memory + ?Sized>(field: &'static str, mem: &M, need: u64) -> Result<()> {
-    if mem.bytes() < need {
-        return Err(Error::invalid(field, format!("{} bytes", mem.bytes()), format!("at least the plan's {need} bytes")));
-    }
-    Ok(())
-}
-
-/// Refuses an output whose bytes overlap another argument's, where memory has a [`Memory::place`].
-pub(crate) fn check_overlap<M: Memory + ?Sized>(outputs: &[Option<Named<'_, M>>], inputs: &[Option<Named<'_, M>>]) -> Result<()> {
-    // Address range of a tensor, or of the whole region where no layout is given.
-    let range = |&(_, mem, layout): &Named<'_, M>| {
-        let (buffer, first) = mem.place()?;
-        let (start, end) = match layout {
-            None => (0, mem.bytes()),
-            // Not empty: then the offset lies inside the memory.
-            Some(l) => match l.end_bytes()? {
-                0 => return None,
-                end => ((l.offset * l.dtype.bytes()) as u64, end),
-            },
-        };
-        (start < end).then_some((buffer, first + start, first + end))
-    };
-    for (i, out) in outputs.iter().enumerate() {
-        let Some((out, (buffer, start, end))) = out.as_ref().and_then(|o| Some((o, range(o)?))) else { continue };
-        for other in outputs[i + 1..].iter().chain(inputs).flatten() {
-            if range(other).is_some_and(|(b, s, e)| b == buffer && s < end && start < e) {
-                return Err(Error::invalid(out.0, format!("bytes {start}..{end}"), format!("no overlap with {}", other.0)));
-            }
-        }
-    }
-    Ok(())
 }
