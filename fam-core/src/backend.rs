@@ -1,6 +1,9 @@
 //! The traits that a backend implements, and what it says of itself.
 
-use crate::{Append, Attend, Dtype, Error, InfiniRead, InfiniWrite, Memory, Merge, ReadRing, Result, Spec};
+use crate::{
+    Append, Attend, AttendBackward, Dtype, Error, InfiniRead, InfiniReadBackward, InfiniWrite, InfiniWriteBackward, Memory,
+    Merge, MergeBackward, ReadRing, Result, Spec,
+};
 use std::borrow::BorrowMut;
 use std::fmt;
 
@@ -18,11 +21,33 @@ pub enum Op {
     InfiniWrite,
     /// [`Backend::merge`].
     Merge,
+    /// [`Backend::attend_backward`].
+    AttendBackward,
+    /// [`Backend::infini_read_backward`].
+    InfiniReadBackward,
+    /// [`Backend::infini_write_backward`].
+    InfiniWriteBackward,
+    /// [`Backend::merge_backward`].
+    MergeBackward,
 }
 
 impl Op {
+    /// Every operation of the forward pass.
+    pub const FORWARD: [Op; 5] = [Op::Append, Op::Attend, Op::InfiniRead, Op::InfiniWrite, Op::Merge];
+    /// Every operation of the backward pass.
+    pub const BACKWARD: [Op; 4] = [Op::AttendBackward, Op::InfiniReadBackward, Op::InfiniWriteBackward, Op::MergeBackward];
     /// Every operation.
-    pub const ALL: [Op; 5] = [Op::Append, Op::Attend, Op::InfiniRead, Op::InfiniWrite, Op::Merge];
+    pub const ALL: [Op; 9] = [
+        Op::Append,
+        Op::Attend,
+        Op::InfiniRead,
+        Op::InfiniWrite,
+        Op::Merge,
+        Op::AttendBackward,
+        Op::InfiniReadBackward,
+        Op::InfiniWriteBackward,
+        Op::MergeBackward,
+    ];
 
     /// The name used in kernel ids and on the command line.
     pub const fn name(self) -> &'static str {
@@ -32,6 +57,10 @@ impl Op {
             Op::InfiniRead => "infini_read",
             Op::InfiniWrite => "infini_write",
             Op::Merge => "merge",
+            Op::AttendBackward => "attend_backward",
+            Op::InfiniReadBackward => "infini_read_backward",
+            Op::InfiniWriteBackward => "infini_write_backward",
+            Op::MergeBackward => "merge_backward",
         }
     }
 }
@@ -69,7 +98,8 @@ pub struct Support {
     pub kernels: Vec<(KernelId, usize)>,
     /// Bytes of scratch memory that every call of the plan is handed; contents need not survive between calls.
     pub scratch_bytes: u64,
-    /// Bytes that a forward call keeps for its backward call; 0 for inference.
+    /// Bytes that the largest forward call keeps for its backward call, beside its arguments and its `o`; 0 where the plan has no
+    /// backward ops. They are tensors of the caller's: [`Spec::saved_bytes`].
     pub saved_bytes: u64,
     /// Bytes of the key ring of all slots. Slot `s` is bytes `s·ring_bytes/slots ..`: a slot is the page, copied whole.
     pub ring_bytes: u64,
@@ -85,6 +115,13 @@ impl Support {
     #[must_use]
     pub fn scratch_bytes(mut self, bytes: u64) -> Self {
         self.scratch_bytes = bytes;
+        self
+    }
+
+    /// Sets [`Support::saved_bytes`].
+    #[must_use]
+    pub fn saved_bytes(mut self, bytes: u64) -> Self {
+        self.saved_bytes = bytes;
         self
     }
 
@@ -220,6 +257,62 @@ pub trait Backend {
         _scratch: &mut Self::Mem,
     ) -> Result<()> {
         missing(self, plan, Op::Merge)
+    }
+
+    /// Gradients of [`Backend::attend`].
+    ///
+    /// # Errors
+    /// As [`AttendBackward::validate`]; [`Error::DeviceLost`].
+    fn attend_backward(
+        &self,
+        plan: &Self::Plan,
+        _queue: &mut Self::Queue<'_>,
+        _args: AttendBackward<'_, Self::Mem>,
+        _scratch: &mut Self::Mem,
+    ) -> Result<()> {
+        missing(self, plan, Op::AttendBackward)
+    }
+
+    /// Gradients of [`Backend::infini_read`].
+    ///
+    /// # Errors
+    /// As [`InfiniReadBackward::validate`]; [`Error::DeviceLost`].
+    fn infini_read_backward(
+        &self,
+        plan: &Self::Plan,
+        _queue: &mut Self::Queue<'_>,
+        _args: InfiniReadBackward<'_, Self::Mem>,
+        _scratch: &mut Self::Mem,
+    ) -> Result<()> {
+        missing(self, plan, Op::InfiniReadBackward)
+    }
+
+    /// Gradients of [`Backend::infini_write`].
+    ///
+    /// # Errors
+    /// As [`InfiniWriteBackward::validate`]; [`Error::DeviceLost`].
+    fn infini_write_backward(
+        &self,
+        plan: &Self::Plan,
+        _queue: &mut Self::Queue<'_>,
+        _args: InfiniWriteBackward<'_, Self::Mem>,
+        _scratch: &mut Self::Mem,
+    ) -> Result<()> {
+        missing(self, plan, Op::InfiniWriteBackward)
+    }
+
+    /// Gradients of [`Backend::merge`].
+    ///
+    /// # Errors
+    /// As [`MergeBackward::validate`]; [`Error::DeviceLost`].
+    fn merge_backward(
+        &self,
+        plan: &Self::Plan,
+        _queue: &mut Self::Queue<'_>,
+        _args: MergeBackward<'_, Self::Mem>,
+        _scratch: &mut Self::Mem,
+    ) -> Result<()> {
+        missing(self, plan, Op::MergeBackward)
     }
 }
 

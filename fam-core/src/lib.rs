@@ -122,20 +122,35 @@
 //!
 //! # 8. The backward pass
 //!
-//! Not here yet: only `fam-ref` has it. Its place: argument structs beside the forward's; [`Support::saved_bytes`] for what a forward call
-//! must keep (o_local before the gate, and lse); linear key caches ([`Keys::Strided`]), since a ring has forgotten; entries of m and z for
-//! every segment.
+//! [`AttendBackward`], [`InfiniReadBackward`], [`InfiniWriteBackward`] and [`MergeBackward`] give the gradients of everything that the forward
+//! ops read, spans aside. They have a forward op's arguments, what it returned, and for each `x` a `d_x`:
+//!
+//! * What belongs to one row of the call is written: `d_q`, `d_mem_q`, `d_infini_q`, `d_o_local`, the gradients of a merge's parts.
+//! * What rows share is f32 and **added to**: `d_k`, `d_v`, `d_mem_k`, `d_mem_v`, `d_m`, `d_z`, `d_sink`, `d_beta`. A key collects from the rows
+//!   of its block and of later ones, from memory rows, and from every query head of its group, in as many calls as the caller likes: the
+//!   memory's recurrence takes one a block, the last block first. The caller clears them before the first.
+//! * Saved from the forward pass are `lse` and `o`, where it is gated `o` before the gate ([`Attend::o_local`]): at g = 0.99 the gated one has
+//!   lost it. [`Support::saved_bytes`] counts them. Keys lie in linear caches, for a ring has forgotten, and m and z in an entry for every
+//!   segment.
+//! * Nothing is detached: gradients flow through window and memory keys, without which the memory does not form. A caller that
+//!   wants to cut them leaves those outputs out.
+//!
+//! As in the forward pass, a row that sees no key passes nothing on, and bytes that no row of the call may see have no effect. Sums are made
+//! in an order that depends on neither threads nor batch.
 #![forbid(unsafe_code)]
 
 mod append;
 mod attend;
+mod attend_backward;
 mod backend;
 mod door;
 mod element;
 mod error;
 mod host;
 mod infini;
+mod infini_backward;
 mod merge;
+mod merge_backward;
 #[doc(hidden)]
 pub mod mutants;
 mod shape;
@@ -146,13 +161,16 @@ mod view;
 
 pub use append::{Append, AppendMem, AppendRows, ReadRing};
 pub use attend::{Attend, InfiniState, Keys, MemKeys, Rows};
+pub use attend_backward::{AttendBackward, KeyGradients, RowsBackward};
 pub use backend::{Backend, Device, KernelId, Op, Plan, Support};
 pub use element::{Dtype, Element};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use host::{Bytes, HostMemory};
 pub use infini::{InfiniRead, InfiniWrite};
+pub use infini_backward::{InfiniReadBackward, InfiniWriteBackward, StateGradients};
 pub use merge::{Merge, Partial};
+pub use merge_backward::{MergeBackward, PartialGradients};
 pub use shape::{InfiniRule, MAX_ELEMENTS, Shape, ShapeBuilder, Spec, SpecBuilder, Window};
 pub use span::{Span, Spans};
 pub use streams::{Pending, Step, StepInfini, Streams};

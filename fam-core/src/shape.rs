@@ -307,6 +307,20 @@ impl Spec {
     pub fn ops(&self) -> &[Op] {
         &self.ops
     }
+
+    /// Bytes that the largest forward call keeps for its backward call, beside its arguments and `o`: the f32 tensors `lse`, `mem_lse` and,
+    /// with a compressive memory, `o_local`. 0 without [`Op::AttendBackward`].
+    pub fn saved_bytes(&self) -> u64 {
+        if !self.ops.contains(&Op::AttendBackward) {
+            return 0;
+        }
+        let s = &self.shape;
+        let [batch, heads, rows, blocks, mem_len, d] =
+            [self.batch, s.heads, self.rows, self.blocks, s.mem_len, s.head_dim].map(|size| size as u64);
+        let per_row = if s.infini.is_some() { 1 + d } else { 1 };
+        // q and mem_q were checked to have at most 2³¹ elements each.
+        4 * (batch * heads * rows * per_row + batch * heads * blocks * mem_len)
+    }
 }
 
 /// Collects the maxima of a [`Spec`].

@@ -49,7 +49,9 @@ pub use parallel::pool::Pool;
 pub use parallel::{Executor, Par};
 pub use tile::BLOCK_N;
 
-use fam_core::{Append, Attend, Backend, Dtype, Error, InfiniRead, InfiniWrite, KernelId, Merge, Plan, Result, Spec, Support};
+use fam_core::{
+    Append, Attend, Backend, Dtype, Error, InfiniRead, InfiniWrite, KernelId, Merge, Op, Plan, Result, Spec, Support,
+};
 use tile::Tile;
 
 /// The CPU as a backend: an instruction set, and the number of workers that plans reserve scratch memory for.
@@ -130,6 +132,9 @@ impl Backend for Cpu {
         }
         if !Dtype::ALL.contains(&dtype) {
             return Err(Error::unsupported("dtype", dtype, "f32, f16, bf16"));
+        }
+        if let Some(op) = spec.ops().iter().find(|op| !Op::FORWARD.contains(op)) {
+            return Err(Error::no_kernel(*op, dtype, "cpu"));
         }
         let kernel = |&op| (KernelId { backend: "cpu", op, dtype, variant: self.isa.name() }, parallel::PHASES);
         let ring = memory::ring_layout(spec);

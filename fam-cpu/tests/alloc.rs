@@ -48,7 +48,7 @@ fn main() {
     let builder = Shape::builder().heads(h).kv_heads(kv).head_dim(d).block_len(b).window(Window::Blocks(1)).mem_len(f);
     let shape = builder.infini(InfiniRule::Delta).build().unwrap();
     let cpu = Cpu::new().unwrap().with_threads(3);
-    let spec = shape.spec(n, len).blocks(2).ops(&Op::ALL).build().unwrap();
+    let spec = shape.spec(n, len).blocks(2).ops(&Op::FORWARD).build().unwrap();
     let plan = cpu.plan(&spec).unwrap();
     let (mut scratch, mut ring) = (vec![0; plan.support().scratch_bytes as usize], cpu.alloc(plan.support().ring_bytes).unwrap());
     let ring: &mut [u8] = std::borrow::BorrowMut::borrow_mut(&mut ring);

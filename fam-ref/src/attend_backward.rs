@@ -9,7 +9,8 @@
 //!
 //! Keys of a block and of a memory receive gradients from both groups of rows, and from every query head of their group.
 
-use crate::attend::{Attend, Key, Row, Rows, attend};
+use crate::array::check;
+use crate::attend::{Attend, Key, Row, Rows};
 use crate::{Array, Attended};
 use fam_core::Result;
 
@@ -47,10 +48,14 @@ pub struct AttendGradients {
 
 /// Gradients of a loss whose gradients with respect to the outputs are `upstream`. A row that sees no key with any weight passes nothing on.
 ///
+/// `saved` is what [`crate::attend()`] has returned for `args`, of which `o` and `lse` are read: as they are given, so that a kernel that was
+/// handed rounded ones is compared with the same function of them.
+///
 /// # Errors
-/// Those of [`attend`]; an upstream gradient that has not its output's sizes, or belongs to absent rows.
-pub fn attend_backward(args: &Attend, upstream: &AttendUpstream) -> Result<AttendGradients> {
-    let Attended { rows, mem_rows } = attend(args)?;
+/// Those of [`crate::attend()`]; a result or an upstream gradient that has not its output's sizes, or belongs to absent rows.
+pub fn attend_backward(args: &Attend, saved: &Attended, upstream: &AttendUpstream) -> Result<AttendGradients> {
+    args.validate()?;
+    let (batch, heads, d) = (args.spans.len(), args.shape.heads(), args.shape.head_dim());
     let like = |x: Option<&Array<5>>| x.map(|x| Array::zeros(x.shape));
     let mut gradients = AttendGradients {
         d_q: args.q.map(|q| Array::zeros(q.shape)),
@@ -61,8 +66,11 @@ pub fn attend_backward(args: &Attend, upstream: &AttendUpstream) -> Result<Atten
         d_mem_v: like(args.mem_v),
         d_sink: args.sink.map(|sink| vec![0.0; sink.len()]),
     };
-    let rows = Group::new(["d_o", "d_lse"], rows, upstream.d_o, upstream.d_lse)?;
-    let mem_rows = Group::new(["d_mem_o", "d_mem_lse"], mem_rows, upstream.d_mem_o, upstream.d_mem_lse)?;
+    let shape = args.q.map(|q| [batch, 1, q.shape[1], heads, d]);
+    let rows = Group::new(["o", "lse", "d_o", "d_lse"], shape, &saved.rows, upstream.d_o, upstream.d_lse)?;
+    let shape = args.mem_q.map(|q| q.shape);
+    let fields = ["mem_o", "mem_lse", "d_mem_o", "d_mem_lse"];
+    let mem_rows = Group::new(fields, shape, &saved.mem_rows, upstream.d_mem_o, upstream.d_mem_lse)?;
     if let (Some(group), Some(q)) = (&rows, args.q) {
         for row in args.block_rows() {
             let [n, _, t, h] = row.at;
@@ -81,22 +89,30 @@ pub fn attend_backward(args: &Attend, upstream: &AttendUpstream) -> Result<Atten
 
 /// What a group of rows gave, and the loss's gradients with respect to that.
 struct Group<'a> {
-    rows: Rows,
+    rows: &'a Rows,
     d_o: Option<&'a Array<5>>,
     d_lse: Option<&'a Array<4>>,
 }
 
 impl<'a> Group<'a> {
+    /// `shape`: of the group's o, where there are such rows.
     fn new(
-        [o, lse]: [&'static str; 2],
-        rows: Option<Rows>,
+        [o, lse, d_o_field, d_lse_field]: [&'static str; 4],
+        shape: Option<[usize; 5]>,
+        rows: &'a Option<Rows>,
         d_o: Option<&'a Array<5>>,
         d_lse: Option<&'a Array<4>>,
     ) -> Result<Option<Self>> {
-        let (o_shape, lse_shape) = rows.as_ref().map_or(([0; 5], [0; 4]), |rows| (rows.o.shape, rows.lse.shape));
-        d_o.map_or(Ok(()), |d_o| d_o.check(o, o_shape))?;
-        d_lse.map_or(Ok(()), |d_lse| d_lse.check(lse, lse_shape))?;
-        Ok(rows.map(|rows| Group { rows, d_o, d_lse }))
+        let [batch, blocks, count, heads, d] = shape.unwrap_or([0; 5]);
+        let (o_shape, lse_shape) = ([batch, blocks, count, heads, d], [batch, blocks, count, heads]);
+        d_o.map_or(Ok(()), |d_o| d_o.check(d_o_field, o_shape))?;
+        d_lse.map_or(Ok(()), |d_lse| d_lse.check(d_lse_field, lse_shape))?;
+        if shape.is_none() {
+            return Ok(None);
+        }
+        check(o, "none", rows.is_some(), "needed where there are queries")?;
+        rows.as_ref().map_or(Ok(()), |rows| rows.o.check(o, o_shape).and_then(|()| rows.lse.check(lse, lse_shape)))?;
+        Ok(rows.as_ref().map(|rows| Group { rows, d_o, d_lse }))
     }
 }
 

@@ -99,7 +99,7 @@ pub fn attention_oracle(case: &CaseFile, seed: u64) -> Result<Vec<u8>> {
         d_mem_o: d_mem_rows.as_ref().map(|(d_o, _)| d_o),
         d_mem_lse: d_mem_rows.as_ref().map(|(_, d_lse)| d_lse),
     };
-    let mut gradients = attend_backward(&args, &upstream)?;
+    let mut gradients = attend_backward(&args, &attended, &upstream)?;
     if let (Some(passed), Some(infini), Some(d_q)) = (&passed, &case.infini, &mut gradients.d_q) {
         passed.store(&mut file, infini, d_q, &mut gradients.d_k);
         add(&mut gradients.d_v, &passed.d_v);

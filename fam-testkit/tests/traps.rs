@@ -194,7 +194,7 @@ fn only_a_plan_may_skip() {
     let outcomes = |wrong| {
         let h = Scribbler(wrong);
         let mut outcomes: Vec<(String, Outcome)> = Vec::new();
-        for op in Op::ALL {
+        for op in Op::FORWARD {
             outcomes.extend(verdicts(wrong, op).take(3).map(|outcome| (op.to_string(), outcome)));
         }
         for seed in 0..2 {

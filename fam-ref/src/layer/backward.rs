@@ -107,10 +107,11 @@ impl Layer {
         let spans = [Span::new(0, 0, rows as u32).with_mem_rows(mem_len as u32)];
         let (mem_k, mem_v) = (Some(&mem_k), Some(&mem_v));
         let args = Attend { shape: &self.shape, spans: &spans, q: Some(&q), mem_q: None, k: &k, v: &v, mem_k, mem_v, sink: None };
-        let o = without_batch(attend(&args)?.rows);
+        let saved = attend(&args)?;
+        let o = without_batch(saved.rows.clone());
         let (d_o, mut d_x) = self.finish_backward(&o, Some(x), d_output, &mut weights)?;
         let d_o = block_of_one(d_o);
-        let rows_back = attend_backward(&args, &AttendUpstream { d_o: Some(&d_o), ..AttendUpstream::default() })?;
+        let rows_back = attend_backward(&args, &saved, &AttendUpstream { d_o: Some(&d_o), ..AttendUpstream::default() })?;
         let AttendGradients { d_q, mut d_k, mut d_v, d_mem_k, d_mem_v, .. } = rows_back;
         let (d_mem_k, d_mem_v) = (d_mem_k.unwrap_or(Array::zeros([0; 5])), d_mem_v.unwrap_or(Array::zeros([0; 5])));
 
@@ -134,7 +135,8 @@ impl Layer {
                 mem_v,
                 sink: None,
             };
-            let mem_o = without_batch(attend(&args)?.mem_rows);
+            let saved = attend(&args)?;
+            let mem_o = without_batch(saved.mem_rows.clone());
 
             // F_τ goes up, and back to this layer.
             let memory = Array { shape: [mem_len, d_model], data: memories.row(&[block]).to_vec() };
@@ -144,7 +146,7 @@ impl Layer {
             let residual = (block > 0).then_some(&before);
             let (d_mem_o, d_before) = self.finish_backward(&mem_o, residual, &d_memory, &mut weights)?;
             let d_mem_o = block_of_one(d_mem_o);
-            let back = attend_backward(&args, &AttendUpstream { d_mem_o: Some(&d_mem_o), ..AttendUpstream::default() })?;
+            let back = attend_backward(&args, &saved, &AttendUpstream { d_mem_o: Some(&d_mem_o), ..AttendUpstream::default() })?;
             add(&mut d_k.data, 1.0, &back.d_k.data);
             add(&mut d_v.data, 1.0, &back.d_v.data);
 

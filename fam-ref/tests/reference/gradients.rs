@@ -4,8 +4,8 @@ use crate::common::{Inputs, memory_of};
 use fam_core::{InfiniRule, Shape, Span, Window};
 use fam_ref::layer::{Config, Layer, Random, Stack};
 use fam_ref::{
-    Array, Attend, AttendUpstream, attend, attend_backward, gate, gate_backward, infini_retrieve, infini_retrieve_backward,
-    infini_write, infini_write_backward, merge, merge_backward,
+    Array, Attend, AttendUpstream, Attended, attend, attend_backward, gate, gate_backward, infini_retrieve,
+    infini_retrieve_backward, infini_write, infini_write_backward, merge, merge_backward,
 };
 
 const STEP: f64 = 1e-4;
@@ -52,7 +52,7 @@ fn check_attend(what: &str, inputs: &Inputs, spans: &[Span], sink: Option<&[f64]
         d_mem_o: d_mem_o.as_ref().map(|d| &d.0),
         d_mem_lse: d_mem_o.as_ref().map(|d| &d.1),
     };
-    let gradients = attend_backward(&args(inputs, spans, sink, with_rows), &upstream).unwrap();
+    let gradients = attend_backward(&args(inputs, spans, sink, with_rows), &out, &upstream).unwrap();
     let of = |inputs: &Inputs, sink: Option<&[f64]>| {
         let out = attend(&args(inputs, spans, sink, with_rows)).unwrap();
         [(&out.rows, &d_o), (&out.mem_rows, &d_mem_o)]
@@ -281,17 +281,19 @@ fn upstream_gradients_that_do_not_fit_are_refused() {
     let inputs = Inputs::new(crate::common::shape(3, Window::Blocks(1), 2), 1, 6, 2);
     let spans = inputs.spans();
     let args = inputs.args(&spans);
+    let saved = attend(&args).unwrap();
     let wrong = Array::zeros([1, 1, 5, 4, 6]);
     for upstream in [
         AttendUpstream { d_o: Some(&wrong), ..AttendUpstream::default() },
         AttendUpstream { d_mem_o: Some(&wrong), ..AttendUpstream::default() },
         AttendUpstream { d_lse: Some(&Array::zeros([1, 1, 6, 3])), ..AttendUpstream::default() },
     ] {
-        assert!(attend_backward(&args, &upstream).is_err());
+        assert!(attend_backward(&args, &saved, &upstream).is_err());
     }
     let no_rows = Attend { q: None, ..args };
     let d_o = Array::zeros([1, 1, 6, 4, 6]);
-    assert!(attend_backward(&no_rows, &AttendUpstream { d_o: Some(&d_o), ..AttendUpstream::default() }).is_err());
+    assert!(attend_backward(&args, &Attended { rows: None, ..saved.clone() }, &AttendUpstream::default()).is_err());
+    assert!(attend_backward(&no_rows, &saved, &AttendUpstream { d_o: Some(&d_o), ..AttendUpstream::default() }).is_err());
     assert!(merge_backward(&[0.0], 0.0, &[0.0], 0.0, &[0.0; 2], 0.0).is_err());
     assert!(gate_backward(0.0, &[0.0], &[0.0], &[0.0; 2]).is_err());
     assert!(infini_retrieve_backward(&[0.0], &[0.0], &[0.0], &[]).is_err());

@@ -38,7 +38,8 @@ impl Op {
             d_mem_o: (mem_q > 0).then_some(&d_mem_o),
             ..AttendUpstream::default()
         };
-        let grads = fam_ref::attend_backward(&args, &upstream).map_err(wrap)?;
+        let saved = fam_ref::attend(&args).map_err(wrap)?;
+        let grads = fam_ref::attend_backward(&args, &saved, &upstream).map_err(wrap)?;
 
         // 3. Rows of tokens and of memory side by side again.
         let packed = |of: &Tensor, rows: Option<Array<4>>, memory: Option<Array<5>>| {
