@@ -1,55 +1,10 @@
 //! Everything that is refused at the door, by name; and that nothing at the door panics, whatever the numbers.
 
+mod common;
+
+use common::*;
 use fam_core::*;
 use proptest::prelude::*;
-
-/// Memory of a given size in buffer 7, so that overlaps are checked.
-#[derive(Debug)]
-struct Region {
-    first: u64,
-    bytes: u64,
-}
-
-impl Memory for Region {
-    fn bytes(&self) -> u64 {
-        self.bytes
-    }
-    fn place(&self) -> Option<(u64, u64)> {
-        Some((7, self.first))
-    }
-}
-
-struct TestPlan(Spec, Support);
-
-impl Plan for TestPlan {
-    fn spec(&self) -> &Spec {
-        &self.0
-    }
-    fn support(&self) -> &Support {
-        &self.1
-    }
-}
-
-fn region(first: u64) -> Region {
-    Region { first, bytes: 1 << 20 }
-}
-
-fn shape() -> ShapeBuilder {
-    Shape::builder().heads(4).kv_heads(2).head_dim(8).block_len(4).window(Window::Blocks(1)).mem_len(3)
-}
-
-fn plan(spec: SpecBuilder) -> TestPlan {
-    TestPlan(spec.build().unwrap(), Support::new(vec![]).ring_bytes(1 << 16))
-}
-
-fn field(error: Error) -> String {
-    match error {
-        Error::Invalid { field, .. } => field.into(),
-        Error::LimitExceeded { what, .. } => what.into(),
-        Error::Unsupported { what, .. } => what.into(),
-        other => panic!("unexpected {other:?}"),
-    }
-}
 
 #[test]
 fn shapes_that_break_a_rule_name_the_field() {
