@@ -7,22 +7,22 @@
 //! a does not change when σ(q) is multiplied by a number. So a row whose q are all ≤ 0, where σ = exp, is shifted by its maximum first:
 //! its largest σ becomes 1 and the denominator cannot underflow.
 
+use crate::CpuPlan;
 use crate::memory::Input;
-use crate::pack::{self, Convert, with_element};
+use crate::pack::{self, Convert, Rows, with_element};
 use crate::parallel::output::{Output, Owner};
-use crate::parallel::{Grid, Par, run};
-use crate::product::accumulate;
+use crate::parallel::{Grid, Par, Task, run};
+use crate::product::{All, Lanes, accumulate, zero};
 use crate::span::SpanSource;
-use crate::tile::{BLOCK_N, Tile, carve};
-use crate::vector::{Vector, scalar::Scalar, sigma};
-use crate::{CpuPlan, Isa};
-use fam_core::{InfiniRead, InfiniState, Plan, Result, Span, mutate};
+use crate::tile::{MAX_WIDTH, Tile, carve};
+use crate::vector::{Body, Vector, sigma};
+use fam_core::{InfiniRead, InfiniState, Plan, Result, Shape, Span, mutate};
 use std::ops::Range;
 
-/// Sizes of a worker's buffers: σ(q), packed m, a, and o.
-pub(crate) fn scratch(tile: Tile) -> [usize; 4] {
-    let Tile { rows, dp, .. } = tile;
-    [rows * dp, BLOCK_N * dp, rows * dp, rows * dp]
+/// Sizes of a worker's buffers: a panel of o, then those of [`State::gate_panel`].
+pub(crate) fn scratch(tile: Tile) -> [usize; 6] {
+    let panel = MAX_WIDTH * tile.dp;
+    [panel, panel, panel, tile.dp * tile.dp, 2 * MAX_WIDTH, pack::stage(tile.dp)]
 }
 
 /// [`fam_core::Backend::infini_read`].
@@ -36,45 +36,57 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniRead<'_, [u8]>, 
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, None, false);
     let tiles = spans.max_rows().div_ceil(tile.tokens);
-    let state = State::<T>::new(&args.state);
-    let o_local = Input::<f32>::new(&args.o_local);
     let o = Output::new(args.o, Owner::Tile { heads: shape.group(), rows: tile.tokens, tiles, first: 0 });
     let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles, spans: Some(spans), writes_slots: false };
-    run(par, &grid, scratch, plan.share, &|task, scratch| {
-        let [q, m, a, acc] = carve(scratch, self::scratch(tile));
-        let (n, group, span) = (task.n(), shape.group(), task.span());
+    let kernel = Kernel { shape, tile, state: State::<T>::new(&args.state), o_local: Input::new(&args.o_local), o };
+    run(par, &grid, scratch, plan.share, &|task, scratch| plan.isa.run(TileOfRows { kernel: &kernel, task, scratch }))
+}
+
+/// What all tasks share.
+struct Kernel<'a, T> {
+    shape: &'a Shape,
+    tile: Tile,
+    state: State<'a, T>,
+    o_local: Input<'a, f32>,
+    o: Output<'a>,
+}
+
+/// A task on its worker.
+struct TileOfRows<'a, 's, T> {
+    kernel: &'a Kernel<'a, T>,
+    task: &'s mut Task,
+    scratch: &'s mut [f32],
+}
+
+impl<T: Convert> Body for TileOfRows<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let TileOfRows { kernel: Kernel { shape, tile, state, o_local, o }, task, scratch } = self;
+        let [panel, sigma_q, a, m, shares, stage] = carve(scratch, self::scratch(*tile));
+        let (n, group, span, width) = (task.n(), shape.group(), task.span(), V::MR * V::LANES);
         let heads = task.group() * group..(task.group() + 1) * group;
         let end = ((task.tile() + 1) * tile.tokens).min(span.len as usize);
-        let mut first = task.tile() * tile.tokens;
-        while first < end {
+        let mut token = task.tile() * tile.tokens;
+        while token < end {
             // Rows of one block read one state.
-            let position = span.start + first as u64;
+            let position = span.start + token as u64;
             let i = (shape.block(position) - shape.block(span.start)) as usize;
             let in_block = shape.block_len() - (position % shape.block_len() as u64) as usize;
-            let tokens = (end - first).min(in_block);
-            let at = |r: usize| [n, 0, first + r / group, heads.start + r % group];
-            let acc = &mut acc[..tokens * group * tile.dp];
-            for (r, acc) in acc.chunks_exact_mut(tile.dp).enumerate() {
-                pack::row(o_local.row(at(r)), acc, 0.0);
+            let tokens = (end - token).min(in_block);
+            let at = |r: usize| [n, 0, token + r / group, heads.start + r % group];
+            for first in (0..tokens * group).step_by(width) {
+                let rows = first..(tokens * group).min(first + width);
+                let panel = &mut panel[..width * tile.dp];
+                pack::panel::<V, f32>(|r| o_local.row(at(first + r)), rows.len(), 1.0, stage, panel);
+                let buffers = [&mut *sigma_q, &mut *a, &mut *m, &mut *shares, &mut *stage];
+                state.gate_panel::<V>(&span, i, heads.clone(), rows.clone(), |r| state.q.row(at(r)), buffers, panel);
+                pack::unpack::<V>(panel, rows.len(), stage, |r, row| o.write(task, at(first + r), &row[..shape.head_dim()]));
             }
-            match plan.isa {
-                Isa::Scalar => {
-                    state.gate_rows::<Scalar, 4, 1>(
-                        &span,
-                        i,
-                        heads.clone(),
-                        |r| state.q.row(at(r)),
-                        [&mut *q, &mut *m, &mut *a],
-                        acc,
-                    );
-                }
-            }
-            for (r, acc) in acc.chunks_exact(tile.dp).enumerate() {
-                o.write(task, at(r), &acc[..shape.head_dim()]);
-            }
-            first += tokens;
+            token += tokens;
         }
-    })
+    }
 }
 
 /// The compressive memory as the kernels read it.
@@ -90,110 +102,118 @@ impl<'a, T: Convert> State<'a, T> {
         State { q: Input::new(&args.q), m: Input::new(&args.m), z: Input::new(&args.z), beta: Input::new(&args.beta) }
     }
 
-    /// Gates the memory into `o`, rows of f32 of block `i`: row `r` is of head `heads[r mod group]`. `q(r)` are its queries. The
-    /// buffers are for σ(q), a tile of m, and a.
+    /// Gates the memory into `o`, a panel of f32 of block `i`: row `r` of `rows` is of head `heads[r mod group]`, `q(r)` are its queries.
+    /// The buffers are for panels of σ(q) and of a, for m, for the shares of the gate, and for transposing.
     #[inline(always)]
-    pub fn gate_rows<'q, V: Vector, const MR: usize, const NR: usize>(
+    #[allow(clippy::too_many_arguments)]
+    pub fn gate_panel<'q, V: Vector>(
         &self,
         span: &Span,
         i: usize,
         heads: Range<usize>,
+        rows: Range<usize>,
         q: impl Fn(usize) -> &'q [T],
-        [sigma_q, tile, a]: [&mut [f32]; 3],
+        [sigma_q, a, m, shares, stage]: [&mut [f32]; 5],
         o: &mut [f32],
     ) where
         T: 'q,
     {
-        let d = self.m.layout().shape[4];
-        let dp = pack::padded(d);
-        let group = heads.len();
+        let (d, group) = (self.m.layout().shape[4], heads.len());
+        let (dp, width) = (pack::padded(d), V::MR * V::LANES);
         let i = mutate!("infini-next-state", i, i + 1);
         let entry = (u64::from(span.state_entry) + i as u64) % self.m.layout().shape[1] as u64;
         let (slot, entry, kv_head) = (span.slot as usize, entry as usize, heads.start / group);
-        let rows = o.len() / dp;
-        for (r, to) in sigma_q.chunks_exact_mut(dp).take(rows).enumerate() {
-            // σ(−∞) = 0: a padded channel weighs nothing.
-            pack::row(q(r), to, f32::NEG_INFINITY);
-        }
-        let (sigma_q, a) = (&mut sigma_q[..rows * dp], &mut a[..rows * dp]);
+        let (x, a) = (&mut sigma_q[..width * dp], &mut a[..width * dp]);
+        pack::panel::<V, T>(|r| q(rows.start + r), rows.len(), 1.0, stage, x);
+        let m = Rows::of(&self.m.rows([slot, entry, kv_head]), 0..d as u64, dp, m);
         let z = self.z.row([slot, entry, 0, kv_head]);
-        retrieve::<V, MR, NR>(sigma_q, d, |c| self.m.row([slot, entry, c, kv_head]), z, tile, a);
-        for (r, (o, a)) in o.chunks_exact_mut(dp).zip(a.chunks_exact(dp)).enumerate() {
+        V::run(Retrieve { x, m, z, vectors: rows.len().div_ceil(V::LANES), a });
+
+        let (of_memory, of_local) = shares.split_at_mut(MAX_WIDTH);
+        for (lane, r) in rows.enumerate() {
             let head = mutate!("infini-beta-head", heads.start + r % group, r % group);
             let beta = f64::from(self.beta.row([0, 0, 0, head])[0]);
             // Each share from its own exponential: 1 − g cancels where g is close to 1.
             let beta = mutate!("infini-gate-inverted", beta, -beta);
-            let [of_memory, of_local] = [-beta, beta].map(|x| V::splat((1.0 / (1.0 + x.exp())) as f32));
-            for (o, a) in o.chunks_exact_mut(V::LANES).zip(a.chunks_exact(V::LANES)) {
-                V::load(a).mul(of_memory).add(V::load(o).mul(of_local)).store(o);
+            [of_memory[lane], of_local[lane]] = [-beta, beta].map(|x| (1.0 / (1.0 + x.exp())) as f32);
+        }
+        for (o, a) in o.chunks_exact_mut(width).zip(a.chunks_exact(width)) {
+            for lane in (0..width).step_by(V::LANES) {
+                let [memory, local] = [&*of_memory, &*of_local].map(|share| V::load(&share[lane..]));
+                V::load(&a[lane..]).mul(memory).add(V::load(&o[lane..]).mul(local)).store(&mut o[lane..]);
             }
         }
     }
 }
 
-/// `a = σ(x) m / (σ(x)·z)` for rows `x`, `[rows][dp]` with padding of −∞, which become σ of the shifted rows; 0 where z is all 0. `m(c)`
-/// is row c of m; `tile` is a buffer of `BLOCK_N` rows.
-#[inline(always)]
-pub(crate) fn retrieve<'m, V: Vector, const MR: usize, const NR: usize>(
-    x: &mut [f32],
-    d: usize,
-    m: impl Fn(usize) -> &'m [f32],
-    z: &[f32],
-    tile: &mut [f32],
-    a: &mut [f32],
-) {
-    let dp = pack::padded(d);
-    a.fill(0.0);
-    if z.iter().all(|z| *z == 0.0) {
-        return;
-    }
-    for row in x.chunks_exact_mut(dp) {
-        sigma_rows::<V>(row, true);
-    }
-    for first in (0..d).step_by(BLOCK_N) {
-        let count = BLOCK_N.min(d - first);
-        for (c, tile) in tile.chunks_exact_mut(dp).take(count).enumerate() {
-            pack::row(m(first + c), tile, 0.0);
+/// `a = σ(x) m / (σ(x)·z)` for the first `vectors` of a panel of rows `x`, which become σ of the shifted rows; 0 where z is all 0.
+pub(crate) struct Retrieve<'a> {
+    pub x: &'a mut [f32],
+    pub m: Rows<'a>,
+    pub z: &'a [f32],
+    pub vectors: usize,
+    pub a: &'a mut [f32],
+}
+
+impl Body for Retrieve<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(mut self) {
+        if self.z.iter().all(|z| *z == 0.0) {
+            return self.a.fill(0.0);
         }
-        let mut r = 0;
-        while (r + MR) * dp <= x.len() {
-            accumulate::<V, MR, NR>(&x[r * dp + first..], dp, tile, 0..count, dp, &mut a[r * dp..]);
-            r += MR;
+        let (d, width) = (self.z.len(), MR * V::LANES);
+        for lane in (0..self.vectors * V::LANES).step_by(V::LANES) {
+            // A row whose x are all ≤ 0 is shifted by their maximum, which multiplies σ by a number.
+            let mut largest = V::splat(f32::NEG_INFINITY);
+            for x in self.x.chunks_exact(width).take(d) {
+                largest = largest.max(V::load(&x[lane..]));
+            }
+            let shift = mutate!("infini-unshifted", largest.min(V::splat(0.0)), V::splat(0.0));
+            for x in self.x.chunks_exact_mut(width).take(d) {
+                sigma(V::load(&x[lane..]).sub(shift)).store(&mut x[lane..]);
+            }
         }
-        while r * dp < x.len() {
-            accumulate::<V, 1, 4>(&x[r * dp + first..], dp, tile, 0..count, dp, &mut a[r * dp..]);
-            r += 1;
-        }
-    }
-    for (x, a) in x.chunks_exact(dp).zip(a.chunks_exact_mut(dp)) {
-        let den = mutate!("infini-epsilon", dot::<V>(x, z), dot::<V>(x, z) + 1e-6);
-        for a in a.chunks_exact_mut(V::LANES) {
-            V::load(a).div(V::splat(den)).store(a);
+        if self.vectors == MR {
+            self.products::<V, MR, MR, NR>(0);
+        } else {
+            (0..self.vectors).for_each(|j| self.products::<V, MR, 1, NR>(j));
         }
     }
 }
 
-/// σ in place, of a padded row; `shifted` by its maximum where that is below 0, which multiplies σ by a number.
-#[inline(always)]
-pub(crate) fn sigma_rows<V: Vector>(row: &mut [f32], shifted: bool) {
-    let mut largest = V::splat(f32::NEG_INFINITY);
-    for x in row.chunks_exact(V::LANES) {
-        largest = largest.max(V::load(x));
+impl Retrieve<'_> {
+    /// All channels of `M` vectors from vector `first` on.
+    #[inline(always)]
+    fn products<V: Vector, const MR: usize, const M: usize, const NR: usize>(&mut self, first: usize) {
+        let d = self.z.len();
+        let x = Lanes { data: &self.x[first * V::LANES..], stride: MR * V::LANES };
+        let mut den = zero::<V, M, 1>();
+        accumulate(x, Rows { data: self.z, stride: 1 }.over_rows(), 0..d, &All, &mut den);
+        let den = den[0].map(|den| mutate!("infini-epsilon", den, den.add(V::splat(1e-6))));
+        let mut c = 0;
+        while c + NR <= d {
+            self.ratios::<V, MR, M, NR>(first, c, den);
+            c += NR;
+        }
+        while c < d {
+            self.ratios::<V, MR, M, 1>(first, c, den);
+            c += 1;
+        }
     }
-    let shift = if mutate!("infini-unshifted", shifted, false) { largest.largest().min(0.0) } else { 0.0 };
-    for x in row.chunks_exact_mut(V::LANES) {
-        let y = sigma(V::load(x).sub(V::splat(shift)));
-        mutate!("infini-expm1", y, y.sub(V::splat(1.0)).add(V::splat(1.0))).store(x);
-    }
-}
 
-/// Σ x_c z_c over the channels of `z`.
-#[inline(always)]
-fn dot<V: Vector>(x: &[f32], z: &[f32]) -> f32 {
-    let whole = z.len() / V::LANES * V::LANES;
-    let mut sum = V::splat(0.0);
-    for (x, z) in x.chunks_exact(V::LANES).zip(z[..whole].chunks_exact(V::LANES)) {
-        sum = V::load(x).mul_add(V::load(z), sum);
+    /// The same for channels `c .. c + N`.
+    #[inline(always)]
+    fn ratios<V: Vector, const MR: usize, const M: usize, const N: usize>(&mut self, first: usize, c: usize, den: [V; M]) {
+        let (width, lanes) = (MR * V::LANES, first * V::LANES);
+        let mut sum = zero::<V, M, N>();
+        let x = Lanes { data: &self.x[lanes..], stride: width };
+        accumulate(x, self.m.over_rows().skip(c), 0..self.z.len(), &All, &mut sum);
+        for i in 0..N {
+            for j in 0..M {
+                sum[i][j].div(den[j]).store(&mut self.a[(c + i) * width + lanes + j * V::LANES..]);
+            }
+        }
     }
-    x[whole..].iter().zip(&z[whole..]).fold(sum.sum(), |sum, (x, z)| sum + x * z)
 }

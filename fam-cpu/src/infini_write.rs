@@ -7,23 +7,23 @@
 //! A task is one stream and one kv head; it goes through the call's segments in order, each reading the entry that the one before has
 //! written. What a segment adds is summed apart and added to m once, so that a large m loses nothing to the number of its keys.
 
-use crate::infini_read::{retrieve, sigma_rows};
+use crate::CpuPlan;
+use crate::infini_read::Retrieve;
 use crate::memory::{Cache, HeadRows};
-use crate::pack::{self, Convert, with_element};
+use crate::pack::{self, Convert, Rows, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Task, run};
-use crate::product::accumulate;
+use crate::product::{All, Lanes, accumulate, zero};
 use crate::span::SpanSource;
-use crate::tile::{BLOCK_N, Tile, carve};
-use crate::vector::{Vector, scalar::Scalar};
-use crate::{CpuPlan, Isa};
+use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
+use crate::vector::{Body, Vector, sigma};
 use fam_core::{InfiniRule, InfiniWrite, Plan, Result, Shape, mutate};
 
-/// Sizes of a worker's buffers: what is added to m and to z, the old m and z, a tile of k, of σ(k) transposed, of v and of a, and packed m.
+/// Sizes of a worker's buffers: what is added to m and to z, the old m and z, a tile of σ(k) and of v, and for delta panels of σ(k) and of
+/// a and the buffer for transposing.
 pub(crate) fn scratch(tile: Tile) -> [usize; 9] {
-    let dp = tile.dp;
-    let keys = BLOCK_N * dp;
-    [dp * dp, dp, dp * dp, dp, keys, keys, keys, keys, keys]
+    let (dp, keys, panel) = (tile.dp, BLOCK_N * tile.dp, MAX_WIDTH * tile.dp);
+    [dp * dp, dp, dp * dp, dp, keys, keys, panel, panel, pack::stage(dp)]
 }
 
 /// [`fam_core::Backend::infini_write`].
@@ -44,9 +44,7 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniWrite<'_, [u8]>,
         z: Output::new(args.z, Owner::Slot),
     };
     let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles: 1, spans: Some(spans), writes_slots: true };
-    run(par, &grid, scratch, plan.share, &|task, scratch| match plan.isa {
-        Isa::Scalar => kernel.task::<Scalar, 4, 1>(task, scratch),
-    })
+    run(par, &grid, scratch, plan.share, &|task, scratch| plan.isa.run(Segments { kernel: &kernel, task, scratch }))
 }
 
 /// What all tasks share.
@@ -58,17 +56,26 @@ struct Kernel<'a, T> {
     z: Output<'a>,
 }
 
-impl<T: Convert> Kernel<'_, T> {
-    /// The segments of one stream and head.
+/// A task on its worker: the segments of one stream and head.
+struct Segments<'a, 's, T> {
+    kernel: &'a Kernel<'a, T>,
+    task: &'s mut Task,
+    scratch: &'s mut [f32],
+}
+
+impl<T: Convert> Body for Segments<'_, '_, T> {
+    type Output = ();
+
     #[inline(always)]
-    fn task<V: Vector, const MR: usize, const NR: usize>(&self, task: &mut Task, scratch: &mut [f32]) {
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let Segments { kernel, task, scratch } = self;
         if !task.owns_slot() {
             return;
         }
         let (span, kv_head) = (task.span(), task.group());
-        let (block_len, d, dp) = (self.shape.block_len(), self.shape.head_dim(), self.tile.dp);
+        let (block_len, d, dp) = (kernel.shape.block_len(), kernel.shape.head_dim(), kernel.tile.dp);
         let slot = span.slot as usize;
-        let entries = self.m.layout().shape[1] as u64;
+        let entries = kernel.m.layout().shape[1] as u64;
         let entry = |i: usize| ((u64::from(span.state_entry) + i as u64) % entries) as usize;
         for i in 0..span.blocks(block_len) {
             let first = (span.start / block_len as u64 + i as u64) * block_len as u64;
@@ -76,74 +83,122 @@ impl<T: Convert> Kernel<'_, T> {
             if mutate!("infini-partial-segment", end > span.end(), false) {
                 return;
             }
-            let [add_m, add_z, m, z, b @ ..] = carve(scratch, self::scratch(self.tile));
+            let [add_m, add_z, m, z, b @ ..] = carve(scratch, self::scratch(kernel.tile));
             add_m.fill(0.0);
             add_z.fill(0.0);
             for (c, m) in m.chunks_exact_mut(dp).take(d).enumerate() {
-                pack::row::<f32>(self.m.row(task, [slot, entry(i), c, kv_head]), m, 0.0);
+                pack::row::<f32>(kernel.m.row(task, [slot, entry(i), c, kv_head]), m);
             }
-            pack::row::<f32>(self.z.row(task, [slot, entry(i), 0, kv_head]), z, 0.0);
+            pack::row::<f32>(kernel.z.row(task, [slot, entry(i), 0, kv_head]), z);
             // A segment that began before the stream is passed over.
             if mutate!("infini-before-origin", first >= span.origin, true) {
-                let rows = self.keys.rows([slot, 0, kv_head]);
+                let rows = kernel.keys.rows([slot, 0, kv_head]);
                 let (from, to) = (first.max(span.origin) - span.origin, end.min(span.end()) - span.origin);
-                self.segment::<V, MR, NR>(rows, from..to, (m, z), (add_m, add_z), b);
+                kernel.segment::<V>(rows, from..to, (m, z), (add_m, add_z), b);
             }
             for (c, (m, add)) in m.chunks_exact_mut(dp).zip(add_m.chunks_exact(dp)).take(d).enumerate() {
                 sum::<V>(m, add);
-                self.m.write(task, [slot, entry(i + 1), c, kv_head], &m[..d]);
+                kernel.m.write(task, [slot, entry(i + 1), c, kv_head], &m[..d]);
             }
             sum::<V>(z, mutate!("infini-z-stale", &add_z[..], &add_z[..0]));
-            self.z.write(task, [slot, entry(i + 1), 0, kv_head], &z[..d]);
+            kernel.z.write(task, [slot, entry(i + 1), 0, kv_head], &z[..d]);
         }
     }
+}
 
+impl<T: Convert> Kernel<'_, T> {
     /// Sums what the keys `range` (row numbers) of a segment add to `m` and `z`.
     #[inline(always)]
-    fn segment<V: Vector, const MR: usize, const NR: usize>(
+    fn segment<V: Vector>(
         &self,
         (k_rows, v_rows): (HeadRows<'_, T>, HeadRows<'_, T>),
         range: std::ops::Range<u64>,
         (m, z): (&[f32], &[f32]),
         (add_m, add_z): (&mut [f32], &mut [f32]),
-        [k, s, v, a, tile]: [&mut [f32]; 5],
+        [s, v, x, a, stage]: [&mut [f32]; 5],
     ) {
-        let (d, dp) = (self.shape.head_dim(), self.tile.dp);
+        let (d, dp, width) = (self.shape.head_dim(), self.tile.dp, V::MR * V::LANES);
         let is_delta = mutate!("infini-delta-ignored", self.shape.infini() == Some(InfiniRule::Delta), false);
         for first in range.clone().step_by(BLOCK_N) {
             let count = BLOCK_N.min((range.end - first) as usize);
-            let (k, v) = (&mut k[..count * dp], &mut v[..count * dp]);
-            let pack_k = |k: &mut [f32]| {
-                for (t, k) in k.chunks_exact_mut(dp).enumerate() {
-                    pack::row(k_rows.get(first + t as u64), k, f32::NEG_INFINITY);
-                }
-            };
-            pack::values(&v_rows, first, 0..count, dp, v);
+            let (s, v) = (&mut s[..count * dp], &mut v[..count * dp]);
+            for (t, (s, v)) in (first..).zip(s.chunks_exact_mut(dp).zip(v.chunks_exact_mut(dp))) {
+                pack::row(k_rows.get(t), s);
+                pack::row(v_rows.get(t), v);
+            }
             if is_delta {
-                pack_k(k);
-                let a = &mut a[..count * dp];
-                retrieve::<V, MR, NR>(k, d, |c| &m[c * dp..][..d], &z[..d], tile, a);
-                for (v, a) in v.chunks_exact_mut(V::LANES).zip(a.chunks_exact(V::LANES)) {
-                    V::load(v).sub(V::load(a)).store(v);
+                for (s, v) in s.chunks(width * dp).zip(v.chunks_mut(width * dp)) {
+                    let (count, x, a) = (s.len() / dp, &mut x[..width * dp], &mut a[..width * dp]);
+                    pack::panel::<V, f32>(|t| &s[t * dp..][..dp], count, 1.0, stage, x);
+                    let m = Rows { data: m, stride: dp };
+                    V::run(Retrieve { x, m, z: &z[..d], vectors: count.div_ceil(V::LANES), a });
+                    pack::unpack::<V>(a, count, stage, |t, a| subtract::<V>(&mut v[t * dp..][..dp], a));
                 }
             }
             // The ratio above may shift σ(k); what is written may not.
-            pack_k(k);
-            for (t, k) in k.chunks_exact_mut(dp).enumerate() {
-                sigma_rows::<V>(k, false);
-                sum::<V>(add_z, k);
-                for (c, x) in k[..d].iter().enumerate() {
-                    s[c * BLOCK_N + t] = *x;
-                }
+            for k in s.chunks_exact_mut(V::LANES) {
+                let y = sigma(V::load(k));
+                mutate!("infini-expm1", y, y.sub(V::splat(1.0)).add(V::splat(1.0))).store(k);
             }
-            let mut c = 0;
-            while c + MR <= d {
-                accumulate::<V, MR, NR>(&s[c * BLOCK_N..], BLOCK_N, v, 0..count, dp, &mut add_m[c * dp..]);
-                c += MR;
+            s.chunks_exact(dp).for_each(|s| sum::<V>(add_z, s));
+            V::run(Outer { s, v, d, dp, add_m });
+        }
+    }
+}
+
+/// `add_m += σ(k)ᵀ v` over a tile of keys: `s` and `v` are `[keys][dp]`, `add_m` is `[d][dp]`.
+struct Outer<'a> {
+    s: &'a [f32],
+    v: &'a [f32],
+    d: usize,
+    dp: usize,
+    add_m: &'a mut [f32],
+}
+
+impl Body for Outer<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(mut self) {
+        let mut lane = 0;
+        while lane < self.dp {
+            if lane + MR * V::LANES <= self.dp {
+                self.channels::<V, MR, NR>(lane);
+                lane += MR * V::LANES;
+            } else {
+                self.channels::<V, 1, NR>(lane);
+                lane += V::LANES;
             }
-            while c < d {
-                accumulate::<V, 1, 4>(&s[c * BLOCK_N..], BLOCK_N, v, 0..count, dp, &mut add_m[c * dp..]);
-                c += 1;
+        }
+    }
+}
+
+impl Outer<'_> {
+    /// All key channels of `M` vectors of value channels from `lane` on.
+    #[inline(always)]
+    fn channels<V: Vector, const M: usize, const NR: usize>(&mut self, lane: usize) {
+        let mut c = 0;
+        while c + NR <= self.d {
+            self.sums::<V, M, NR>(lane, c);
+            c += NR;
+        }
+        while c < self.d {
+            self.sums::<V, M, 1>(lane, c);
+            c += 1;
+        }
+    }
+
+    /// Key channels `c .. c + N` of these.
+    #[inline(always)]
+    fn sums<V: Vector, const M: usize, const N: usize>(&mut self, lane: usize, c: usize) {
+        let x = Lanes { data: &self.v[lane..], stride: self.dp };
+        let b = Rows { data: self.s, stride: self.dp }.over_rows().skip(c);
+        let mut sum = zero::<V, M, N>();
+        accumulate(x, b, 0..self.s.len() / self.dp, &All, &mut sum);
+        for i in 0..N {
+            for j in 0..M {
+                let to = &mut self.add_m[(c + i) * self.dp + lane + j * V::LANES..];
+                V::load(to).add(sum[i][j]).store(to);
             }
         }
     }
@@ -154,5 +209,13 @@ impl<T: Convert> Kernel<'_, T> {
 fn sum<V: Vector>(to: &mut [f32], add: &[f32]) {
     for (to, add) in to.chunks_exact_mut(V::LANES).zip(add.chunks_exact(V::LANES)) {
         V::load(to).add(V::load(add)).store(to);
+    }
+}
+
+/// `from -= what`, element by element.
+#[inline(always)]
+fn subtract<V: Vector>(from: &mut [f32], what: &[f32]) {
+    for (from, what) in from.chunks_exact_mut(V::LANES).zip(what.chunks_exact(V::LANES)) {
+        V::load(from).sub(V::load(what)).store(from);
     }
 }

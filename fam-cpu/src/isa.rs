@@ -1,5 +1,6 @@
 //! Instruction sets that the kernels are compiled for, and the choice among them.
 
+use crate::vector::{Body, Vector, scalar::Scalar};
 use fam_core::{Error, Result};
 use std::fmt;
 use std::str::FromStr;
@@ -38,6 +39,13 @@ impl Isa {
         match std::env::var_os("FAM_ISA") {
             Some(name) => name.to_string_lossy().parse::<Isa>()?.available(),
             None => Ok(Isa::ALL.into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)),
+        }
+    }
+
+    /// Runs a body on vectors of this level, which [`Isa::available`] has passed.
+    pub(crate) fn run<B: Body>(self, body: B) -> B::Output {
+        match self {
+            Isa::Scalar => Scalar::run(body),
         }
     }
 

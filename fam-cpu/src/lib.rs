@@ -26,6 +26,7 @@
 //! NaN and infinities in a key or value reach exactly the rows that see it.
 
 #![deny(unsafe_code)]
+#![allow(clippy::needless_range_loop, reason = "i and j are the indices of a block of registers")]
 
 mod append;
 mod attend;
@@ -38,10 +39,12 @@ mod merge;
 mod pack;
 #[allow(unsafe_code, reason = "tasks share scratch memory and outputs, and a pool runs borrowed work")]
 mod parallel;
+#[allow(unsafe_code, reason = "the inner loop of all products, whose indices are checked once for all of its rounds")]
 mod product;
 mod softmax;
 mod span;
 mod tile;
+#[allow(unsafe_code, reason = "loads and stores of vectors")]
 mod vector;
 
 pub use isa::Isa;

@@ -35,8 +35,13 @@ impl<'a, T: Element> Input<'a, T> {
         &self.data[first..first + self.layout.shape[4]]
     }
 
-    /// The rows of `[batch, blocks, .., heads]`; numbers of rows wrap at `wrap`.
-    fn rows(&self, [batch, block, head]: [usize; 3], wrap: u64) -> HeadRows<'a, T> {
+    /// The rows of `[batch, blocks, .., heads]`.
+    pub fn rows(&self, at: [usize; 3]) -> HeadRows<'a, T> {
+        self.wrapped_rows(at, u64::MAX)
+    }
+
+    /// The same, with numbers of rows that wrap at `wrap`.
+    fn wrapped_rows(&self, [batch, block, head]: [usize; 3], wrap: u64) -> HeadRows<'a, T> {
         let [first, stride, len] = match self.layout.shape[2] {
             // A cache of no rows, of which none is read.
             0 => [0; 3],
@@ -57,13 +62,28 @@ pub(crate) struct HeadRows<'a, T> {
 }
 
 impl<'a, T> HeadRows<'a, T> {
-    /// Row number `index`, reduced modulo the size of a ring.
+    /// Where row number `index` is, reduced modulo the size of a ring.
+    #[inline(always)]
+    fn row(&self, index: u64) -> u64 {
+        let index = mutate!("attend-index-32-bit", index, index & 0xffff_ffff);
+        mutate!("attend-ring-wrap", index % self.wrap, index.min(self.wrap - 1))
+    }
+
+    /// Row number `index`.
     #[inline(always)]
     pub fn get(&self, index: u64) -> &'a [T] {
-        let index = mutate!("attend-index-32-bit", index, index & 0xffff_ffff);
-        let row = mutate!("attend-ring-wrap", index % self.wrap, index.min(self.wrap - 1));
-        let first = self.first + row as usize * self.stride;
+        let first = self.first + self.row(index) as usize * self.stride;
         &self.data[first..first + self.len]
+    }
+
+    /// Rows `index .. index + count` as one run of memory, and the stride between them; `None` where a ring's end is between them.
+    #[inline(always)]
+    pub fn run(&self, index: u64, count: usize) -> Option<(&'a [T], usize)> {
+        let row = self.row(index);
+        (count > 0 && count as u64 <= self.wrap - row).then(|| {
+            let first = self.first + row as usize * self.stride;
+            (&self.data[first..first + (count - 1) * self.stride + self.len], self.stride)
+        })
     }
 }
 
@@ -118,7 +138,7 @@ impl<'a, T: Element> Cache<'a, T> {
 
     /// Keys and values of `[slot, entry, head]`.
     pub fn rows(&self, at: [usize; 3]) -> (HeadRows<'a, T>, HeadRows<'a, T>) {
-        (self.k.rows(at, self.wrap), self.v.rows(at, self.wrap))
+        (self.k.wrapped_rows(at, self.wrap), self.v.wrapped_rows(at, self.wrap))
     }
 }
 

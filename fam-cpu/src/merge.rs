@@ -11,7 +11,6 @@ use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, run};
 use crate::softmax::Softmax;
 use crate::tile::MAX_HEAD_DIM;
-use crate::vector::scalar::Scalar;
 use fam_core::{Dtype, Merge, Partial, Result, bf16, f16, mutate};
 
 /// Rows of one entry and head in a task: some tens of KiB, enough to make up for drawing its number.
@@ -42,7 +41,10 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
                     sum.iter_mut().zip(&of_part[..d]).for_each(|(sum, o)| *sum += weight * o);
                 }
             }
-            union.normalise::<Scalar>(&mut sum);
+            match union.is_empty() {
+                true => sum.fill(0.0),
+                false => sum.iter_mut().for_each(|sum| *sum /= union.row_sum),
+            }
             o.write(task, at, &sum[..d]);
             if let Some(lse) = &lse {
                 lse.write(task, at, &[mutate!("merge-lse", union.lse(), union.row_max)]);

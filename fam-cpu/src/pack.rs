@@ -1,14 +1,14 @@
-//! From strided rows of any element type to dense tiles of f32.
+//! From strided rows of any element type to f32 in the forms that [`crate::product`] reads.
 //!
-//! | tile | form | read by |
+//! | form | of | as |
 //! |---|---|---|
-//! | rows (`q`, σ(q)) | `[rows][dp]` | broadcasts |
-//! | `k` | panels of `LANES` keys, each `[D][LANES]` | [`crate::product::logits`]: a lane is a key |
-//! | `v`, `m` | `[keys][dp]` | [`crate::product::accumulate`]: a lane is a channel |
+//! | panel, `[dp][W]` | rows (`q`, σ(q), sums): a lane is a row, W of them | vectors |
+//! | tile, `[keys][stride]` | keys, values, `m` | broadcasts |
 //!
-//! `dp` is D rounded up to [`PAD`] elements, so that no kernel has a tail.
+//! `dp` is D rounded up to [`PAD`] elements and `W` is `MR` vectors. A tile is read where it lies if it is f32 and dense; else it is copied.
 
 use crate::memory::HeadRows;
+use crate::product::Broadcast;
 use crate::vector::Vector;
 use fam_core::{Element, bf16, f16, mutate};
 use half::slice::HalfFloatSliceExt;
@@ -50,6 +50,8 @@ pub(crate) trait Convert: Element {
     fn widen(from: &[Self], to: &mut [f32]);
     /// The nearest values, ties to even.
     fn narrow(from: &[f32], to: &mut [Self]);
+    /// The same memory, if it is f32.
+    fn as_f32(of: &[Self]) -> Option<&[f32]>;
 }
 
 impl Convert for f32 {
@@ -61,6 +63,10 @@ impl Convert for f32 {
     fn narrow(from: &[f32], to: &mut [f32]) {
         to.copy_from_slice(from);
     }
+    #[inline(always)]
+    fn as_f32(of: &[f32]) -> Option<&[f32]> {
+        Some(of)
+    }
 }
 
 impl Convert for f16 {
@@ -71,6 +77,10 @@ impl Convert for f16 {
     #[inline(always)]
     fn narrow(from: &[f32], to: &mut [f16]) {
         to.convert_from_f32_slice(from);
+    }
+    #[inline(always)]
+    fn as_f32(_: &[f16]) -> Option<&[f32]> {
+        None
     }
 }
 
@@ -87,48 +97,101 @@ impl Convert for bf16 {
             *to = mutate!("attend-truncated", bf16::from_f32(*from), bf16::from_bits((from.to_bits() >> 16) as u16));
         }
     }
-}
-
-/// Packs one row: its channels, then `pad`.
-#[inline(always)]
-pub(crate) fn row<T: Convert>(from: &[T], to: &mut [f32], pad: f32) {
-    let (channels, rest) = to.split_at_mut(from.len());
-    T::widen(from, channels);
-    rest.fill(pad);
-}
-
-/// Packs values `range` of a tile whose row 0 is row `first` of `rows`. Others are left as they are: no kernel reads them.
-#[inline(always)]
-pub(crate) fn values<T: Convert>(rows: &HeadRows<'_, T>, first: u64, range: Range<usize>, dp: usize, to: &mut [f32]) {
-    for (key, to) in range.clone().zip(to[range.start * dp..].chunks_exact_mut(dp)) {
-        row(rows.get(first.wrapping_add(key as u64)), to, 0.0);
+    #[inline(always)]
+    fn as_f32(_: &[bf16]) -> Option<&[f32]> {
+        None
     }
 }
 
-/// Packs keys `range` of a tile, as [`values`] does, into panels; absent keys of a panel become 0. `rows_of_panel` is a buffer of `LANES`
-/// rows of `d`: a panel's rows are widened first, then transposed from L1.
+/// Packs one row: its channels, then zeros.
 #[inline(always)]
-pub(crate) fn keys<V: Vector, T: Convert>(
-    rows: &HeadRows<'_, T>,
-    first: u64,
-    range: Range<usize>,
-    d: usize,
-    rows_of_panel: &mut [f32],
+pub(crate) fn row<T: Convert>(from: &[T], to: &mut [f32]) {
+    let (channels, rest) = to.split_at_mut(from.len());
+    T::widen(from, channels);
+    rest.fill(0.0);
+}
+
+/// Elements of the buffer in which the rows of a vector are transposed.
+pub(crate) const fn stage(dp: usize) -> usize {
+    PAD * dp
+}
+
+/// Packs `count` rows into a panel, times `factor`. The last vector's absent rows are 0; further vectors are left as they are.
+#[inline(always)]
+pub(crate) fn panel<'r, V: Vector, T: Convert>(
+    rows: impl Fn(usize) -> &'r [T],
+    count: usize,
+    factor: f32,
+    stage: &mut [f32],
     to: &mut [f32],
 ) {
-    for p in range.start / V::LANES..range.end.div_ceil(V::LANES) {
-        for (lane, to) in rows_of_panel.chunks_exact_mut(d).take(V::LANES).enumerate() {
-            let key = p * V::LANES + lane;
-            match range.contains(&key) {
-                true => T::widen(rows.get(first.wrapping_add(key as u64)), to),
-                false => to.fill(0.0),
+    let (width, dp) = (V::MR * V::LANES, to.len() / (V::MR * V::LANES));
+    for first in (0..count).step_by(V::LANES) {
+        for (r, stage) in (first..).zip(stage.chunks_exact_mut(dp).take(V::LANES)) {
+            match r < count {
+                true => row(rows(r), stage),
+                false => stage.fill(0.0),
+            }
+            if factor != 1.0 {
+                stage.iter_mut().for_each(|x| *x *= factor);
             }
         }
-        let panel = to[p * d * V::LANES..][..d * V::LANES].chunks_exact_mut(V::LANES);
-        for (c, to) in panel.enumerate() {
-            for lane in 0..V::LANES {
-                to[lane] = rows_of_panel[lane * d + c];
-            }
+        for c in (0..dp).step_by(V::LANES) {
+            V::transpose(&stage[c..], dp, &mut to[c * width + first..], width);
         }
+    }
+}
+
+/// Hands out the rows of a panel: [`panel`]'s inverse.
+#[inline(always)]
+pub(crate) fn unpack<V: Vector>(panel: &[f32], count: usize, stage: &mut [f32], mut each: impl FnMut(usize, &[f32])) {
+    let (width, dp) = (V::MR * V::LANES, panel.len() / (V::MR * V::LANES));
+    for first in (0..count).step_by(V::LANES) {
+        for c in (0..dp).step_by(V::LANES) {
+            V::transpose(&panel[c * width + first..], width, &mut stage[c..], dp);
+        }
+        for (r, stage) in (first..count).zip(stage.chunks_exact(dp).take(V::LANES)) {
+            each(r, stage);
+        }
+    }
+}
+
+/// Keys, values or rows of `m`, as f32.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub data: &'a [f32],
+    pub stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Rows `range` of a cache, where they lie or copied to `buffer`, `[rows][dp]`.
+    ///
+    /// Rows that are further apart than they are long would share few sets of L1: a tile of them does not stay there, and the prefetcher
+    /// brings what nobody reads.
+    #[inline(always)]
+    pub fn of<T: Convert>(rows: &HeadRows<'a, T>, range: Range<u64>, dp: usize, buffer: &'a mut [f32]) -> Self {
+        let count = (range.end - range.start) as usize;
+        if let Some((run, stride)) = rows.run(range.start, count)
+            && stride <= dp
+            && let Some(data) = T::as_f32(run)
+        {
+            return Rows { data, stride };
+        }
+        for (index, to) in range.zip(buffer.chunks_exact_mut(dp)) {
+            row(rows.get(index), to);
+        }
+        Rows { data: buffer, stride: dp }
+    }
+
+    /// Sums over the channels of each row.
+    #[inline(always)]
+    pub fn over_channels(self) -> Broadcast<'a> {
+        Broadcast { data: self.data, i: self.stride, k: 1 }
+    }
+
+    /// Sums over the rows of each channel.
+    #[inline(always)]
+    pub fn over_rows(self) -> Broadcast<'a> {
+        Broadcast { data: self.data, i: 1, k: self.stride }
     }
 }

@@ -1,119 +1,108 @@
-//! The two matrix products: logits from packed keys, and weighted sums of packed values.
+//! The micro-kernel of every matrix product in this crate.
 //!
-//! A row's arithmetic is the same however many rows (`MR`) or vectors (`NR`) a call holds in registers: a logit is a chain over channels
-//! in its own lane, a sum is a chain over keys in its own lane. So tiles may be cut anywhere without changing a bit.
+//! ```text
+//! out[i][lanes] = Σ_k b[i·bi + k·bk] · x[k·xs + lanes]
+//! ```
+//!
+//! `MR` vectors of lanes by `NR` values of i stay in registers; x is loaded, b is broadcast from where it lies. So nothing that is
+//! broadcast needs packing, whichever way its rows run:
+//!
+//! | product | lanes | i | k | b |
+//! |---|---|---|---|---|
+//! | logits Sᵀ = K·Qᵀ | rows | keys | channels | K |
+//! | Oᵀ = Vᵀ·Pᵀ | rows | channels | keys | V |
+//! | read aᵀ = mᵀ·σ(q)ᵀ | rows | value channels | key channels | m |
+//! | write m = σ(k)ᵀ·v | value channels | key channels | keys | σ(k) |
+//!
+//! A lane's arithmetic is one chain over k, the same for any `MR` and `NR`: tiles may be cut anywhere without changing a bit.
 
-use crate::tile::BLOCK_N;
 use crate::vector::Vector;
 use std::ops::Range;
 
-/// Channels that are summed in one chain. A longer dot product adds up chains, so that its error grows with its square root even where
-/// all terms are equal and each rounding errs to the same side.
-const CHAIN: usize = 32;
+/// Vectors over k, `stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Lanes<'a> {
+    pub data: &'a [f32],
+    pub stride: usize,
+}
 
-/// `s[i][key] = scale · Σ_c q[i][c]·k[key][c]` for `MR` rows and the keys of `panels`. Rows of `q` are `q_stride` apart, of `s`
-/// `BLOCK_N`; `k` holds all panels of a tile, each `[d][LANES]`.
-#[inline(always)]
-pub(crate) fn logits<V: Vector, const MR: usize, const NR: usize>(
-    q: &[f32],
-    q_stride: usize,
-    d: usize,
-    k: &[f32],
-    panels: Range<usize>,
-    scale: f32,
-    s: &mut [f32],
-) {
-    let mut p = panels.start;
-    while p + NR <= panels.end {
-        logits_of::<V, MR, NR>(q, q_stride, d, &k[p * d * V::LANES..], scale, &mut s[p * V::LANES..]);
-        p += NR;
-    }
-    while p < panels.end {
-        logits_of::<V, MR, 1>(q, q_stride, d, &k[p * d * V::LANES..], scale, &mut s[p * V::LANES..]);
-        p += 1;
+/// Values b[i·`i` + k·`k`].
+#[derive(Clone, Copy)]
+pub(crate) struct Broadcast<'a> {
+    pub data: &'a [f32],
+    pub i: usize,
+    pub k: usize,
+}
+
+impl<'a> Broadcast<'a> {
+    /// The values from i = `first` on.
+    #[inline(always)]
+    pub fn skip(self, first: usize) -> Self {
+        Broadcast { data: &self.data[first * self.i..], ..self }
     }
 }
 
+/// The neutral element of addition, −0: with it even a sum's sign of zero does not tell how many terms it has.
 #[inline(always)]
-fn logits_of<V: Vector, const MR: usize, const NR: usize>(
-    q: &[f32],
-    q_stride: usize,
-    d: usize,
-    k: &[f32],
-    scale: f32,
-    s: &mut [f32],
-) {
-    let zero = [[V::splat(0.0); NR]; MR];
-    let mut sum = zero;
-    for first in (0..d).step_by(CHAIN) {
-        let mut chain = zero;
-        for c in first..(first + CHAIN).min(d) {
-            for j in 0..NR {
-                let k = V::load(&k[(j * d + c) * V::LANES..]);
-                for i in 0..MR {
-                    chain[i][j] = k.mul_add(V::splat(q[i * q_stride + c]), chain[i][j]);
-                }
-            }
-        }
-        for i in 0..MR {
-            for j in 0..NR {
-                sum[i][j] = sum[i][j].add(chain[i][j]);
-            }
-        }
-    }
-    for i in 0..MR {
-        for j in 0..NR {
-            sum[i][j].mul(V::splat(scale)).store(&mut s[i * BLOCK_N + j * V::LANES..]);
-        }
+pub(crate) fn zero<V: Vector, const MR: usize, const NR: usize>() -> [[V; MR]; NR] {
+    [[V::splat(-0.0); MR]; NR]
+}
+
+/// How a term enters its sum.
+pub(crate) trait Term<V: Vector> {
+    /// `sum` with x·b: term k of vector j.
+    fn add(&self, sum: V, x: V, b: V, k: usize, j: usize) -> V;
+}
+
+/// Every term.
+pub(crate) struct All;
+
+impl<V: Vector> Term<V> for All {
+    #[inline(always)]
+    fn add(&self, sum: V, x: V, b: V, _: usize, _: usize) -> V {
+        x.mul_add(b, sum)
     }
 }
 
-/// `acc[i][c] += Σ_t p[i][t]·v[t][c]` over keys `t` for `MR` rows and all `dp` channels. Rows of `p` are `p_stride` apart, of `v` and
-/// `acc` `dp`.
+/// In each lane the terms `first ≤ k < end` alone. Others are not multiplied by 0 but left out, since they may be NaN.
+pub(crate) struct Within<V, const MR: usize> {
+    pub first: [V; MR],
+    pub end: [V; MR],
+}
+
+impl<V: Vector, const MR: usize> Term<V> for Within<V, MR> {
+    #[inline(always)]
+    fn add(&self, sum: V, x: V, b: V, k: usize, j: usize) -> V {
+        x.mul_add(b, sum).select(V::splat(k as f32).is_within(self.first[j], self.end[j]), sum)
+    }
+}
+
+/// `sum[i][j] += Σ_k b[i][k] · x[k][j]` over the terms k.
 #[inline(always)]
 pub(crate) fn accumulate<V: Vector, const MR: usize, const NR: usize>(
-    p: &[f32],
-    p_stride: usize,
-    v: &[f32],
-    keys: Range<usize>,
-    dp: usize,
-    acc: &mut [f32],
+    x: Lanes<'_>,
+    b: Broadcast<'_>,
+    terms: Range<usize>,
+    term: &impl Term<V>,
+    sum: &mut [[V; MR]; NR],
 ) {
-    if keys.is_empty() {
+    if terms.is_empty() {
         return;
     }
-    let mut c = 0;
-    while c + NR * V::LANES <= dp {
-        accumulate_of::<V, MR, NR>(p, p_stride, &v[c..], keys.clone(), dp, &mut acc[c..]);
-        c += NR * V::LANES;
-    }
-    while c < dp {
-        accumulate_of::<V, MR, 1>(p, p_stride, &v[c..], keys.clone(), dp, &mut acc[c..]);
-        c += V::LANES;
-    }
-}
-
-#[inline(always)]
-fn accumulate_of<V: Vector, const MR: usize, const NR: usize>(
-    p: &[f32],
-    p_stride: usize,
-    v: &[f32],
-    keys: Range<usize>,
-    dp: usize,
-    acc: &mut [f32],
-) {
-    let mut sum: [[V; NR]; MR] = std::array::from_fn(|i| std::array::from_fn(|j| V::load(&acc[i * dp + j * V::LANES..])));
-    for t in keys {
-        for j in 0..NR {
-            let v = V::load(&v[t * dp + j * V::LANES..]);
-            for i in 0..MR {
-                sum[i][j] = v.mul_add(V::splat(p[i * p_stride + t]), sum[i][j]);
+    let last = terms.end - 1;
+    assert!(last * x.stride + MR * V::LANES <= x.data.len() && (NR - 1) * b.i + last * b.k < b.data.len());
+    let (x_data, b_data) = (x.data.as_ptr(), b.data.as_ptr());
+    let mut out = *sum;
+    for k in terms {
+        for i in 0..NR {
+            // SAFETY: k is at most `last` and i at most NR − 1; with these the index has been checked.
+            let b = V::splat(unsafe { *b_data.add(i * b.i + k * b.k) });
+            for j in 0..MR {
+                // SAFETY: as above, with j at most MR − 1.
+                let x = unsafe { V::load_from(x_data.add(k * x.stride + j * V::LANES)) };
+                out[i][j] = term.add(out[i][j], x, b, k, j);
             }
         }
     }
-    for i in 0..MR {
-        for j in 0..NR {
-            sum[i][j].store(&mut acc[i * dp + j * V::LANES..]);
-        }
-    }
+    *sum = out;
 }

@@ -1,23 +1,19 @@
 //! The online softmax: one small state for each row, so that keys can come tile by tile (Milakov and Gimelshein, arXiv 1805.02867).
 
-use crate::vector::{Vector, exp};
+use crate::vector::{Vector, exp2};
 use fam_core::mutate;
 use std::ops::Range;
 
 /// Maximum of the logits s_t seen so far, and Σ exp(s_t − row_max).
 ///
 /// A row that has seen no logit above −∞ is *empty*: `row_max` = −∞, `row_sum` = 0. In any other row the sum is at least 1, or NaN.
-#[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Softmax {
     pub row_max: f32,
     pub row_sum: f32,
 }
 
 impl Softmax {
-    /// A row before its first key.
-    pub const EMPTY: Self = Softmax { row_max: f32::NEG_INFINITY, row_sum: 0.0 };
-
     /// A row of one logit. −∞ makes an empty one, whatever `row_sum` says: `merge` gives it no weight.
     pub fn one(logit: f32) -> Self {
         Softmax { row_max: logit, row_sum: 1.0 }
@@ -28,36 +24,6 @@ impl Softmax {
     #[inline(always)]
     fn shift(row_max: f32) -> f32 {
         if row_max == f32::NEG_INFINITY { 0.0 } else { row_max }
-    }
-
-    /// Takes in one tile: turns the logits `s`, whole vectors of which only `visible` count, into exp(s − row_max), 0 outside `visible`.
-    /// Returns the factor that brings what was accumulated before to the new maximum.
-    #[inline(always)]
-    pub fn update<V: Vector>(&mut self, s: &mut [f32], visible: Range<usize>) -> f32 {
-        let hidden = mutate!("attend-finite-sentinel", f32::NEG_INFINITY, -1e4);
-        s[..visible.start].fill(hidden);
-        s[visible.end..].fill(hidden);
-        #[cfg(fam_mutants)]
-        mutate!("attend-logits-16-bit", (), s.iter_mut().for_each(|s| *s = fam_core::f16::from_f32(*s).to_f32()));
-
-        let mut largest = V::splat(mutate!("attend-max-from-zero", self.row_max, self.row_max.max(0.0)));
-        for s in s.chunks_exact(V::LANES) {
-            largest = largest.max(V::load(s));
-        }
-        let row_max = largest.largest();
-        let shift = Self::shift(row_max);
-        let mut sum = V::splat(0.0);
-        for s in s.chunks_exact_mut(V::LANES) {
-            let p = exp(V::load(s).sub(V::splat(shift)));
-            sum = sum.add(p);
-            p.store(s);
-        }
-        let before = (self.row_max - shift).exp();
-        self.row_sum = mutate!("attend-sum-not-rescaled", self.row_sum * before, self.row_sum) + sum.sum();
-        #[cfg(fam_mutants)]
-        mutate!("attend-sum-16-bit", (), self.row_sum = fam_core::f16::from_f32(self.row_sum).to_f32());
-        self.row_max = row_max;
-        mutate!("attend-acc-not-rescaled", before, 1.0)
     }
 
     /// The row over both key sets, and the factors that bring what was accumulated over each to the common maximum. 0 is exact: a part
@@ -75,74 +41,130 @@ impl Softmax {
         self.row_max + self.row_sum.ln()
     }
 
-    /// Divides what was accumulated by the sum; an empty row becomes +0.
-    #[inline(always)]
-    pub fn normalise<V: Vector>(self, acc: &mut [f32]) {
-        if self.row_sum == 0.0 {
-            return acc.fill(0.0);
-        }
-        let sum = V::splat(mutate!("attend-epsilon", self.row_sum, self.row_sum + 1e-6));
-        for c in acc.chunks_exact_mut(V::LANES) {
-            V::load(c).div(sum).store(c);
-        }
+    /// What sums are multiplied by in the end.
+    pub fn weight(self) -> f32 {
+        1.0 / mutate!("attend-epsilon", self.row_sum, self.row_sum + 1e-6)
     }
+
+    /// Whether the row has seen no logit above −∞: its result is +0, whatever its sums and its weight are.
+    pub fn is_empty(self) -> bool {
+        self.row_sum == 0.0
+    }
+}
+
+/// Takes a tile into the states of a vector of rows: turns the logits `s` of `keys`, −∞ where a row does not see the key, into
+/// exp((s − row_max)·unit). `s` is `[keys][MR vectors]`, of which this is the first; `row_max` is in units too, and `maxima` is what it
+/// becomes. Returns the factor that brings what was accumulated before to the new maximum.
+///
+/// The difference from the maximum is taken before it is multiplied: it is exact where logits are close, however large they are.
+#[inline(always)]
+pub(crate) fn update<V: Vector>(
+    [row_max, row_sum]: [&mut [f32]; 2],
+    maxima: V,
+    unit: f32,
+    s: &mut [f32],
+    width: usize,
+    keys: Range<usize>,
+) -> V {
+    #[cfg(fam_mutants)]
+    mutate!("attend-logits-16-bit", (), {
+        let round = |s: f32| fam_core::f16::from_f32(s * unit).to_f32() / unit;
+        keys.clone().for_each(|t| s[t * width..][..V::LANES].iter_mut().for_each(|s| *s = round(*s)));
+    });
+    let maxima = mutate!("attend-max-from-zero", maxima, maxima.max(V::splat(0.0)));
+    let factor = V::splat((f64::from(unit) * std::f64::consts::LOG2_E).min(f32::MAX.into()) as f32);
+    // While a maximum is −∞ exponents are taken against 0, since −∞ − (−∞) is NaN. exp(−∞ − 0) is the right 0, and a NaN logit, which no
+    // maximum shows, stays NaN.
+    let is_empty = maxima.is_within(V::splat(f32::NEG_INFINITY), V::splat(f32::MIN));
+    let shift = V::splat(0.0).select(is_empty, maxima);
+    let before = exp2(V::load(row_max).sub(shift).mul(factor));
+    let mut sum = V::load(row_sum).mul(mutate!("attend-sum-not-rescaled", before, V::splat(1.0)));
+    for t in keys {
+        let s = &mut s[t * width..];
+        let p = exp2(V::load(s).sub(shift).mul(factor));
+        sum = sum.add(p);
+        p.store(s);
+    }
+    maxima.store(row_max);
+    sum.store(row_sum);
+    #[cfg(fam_mutants)]
+    mutate!("attend-sum-16-bit", (), row_sum.iter_mut().for_each(|x| *x = fam_core::f16::from_f32(*x).to_f32()));
+    mutate!("attend-acc-not-rescaled", before, V::splat(1.0))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Softmax;
-    use crate::vector::scalar::Scalar;
+    use super::{Softmax, update};
+    use crate::Isa;
+    use crate::vector::{Body, Vector};
 
     const NEG: f32 = f32::NEG_INFINITY;
+    const EMPTY: Softmax = Softmax { row_max: NEG, row_sum: 0.0 };
 
-    /// State and probabilities after one tile of eight logits, all visible.
-    fn after(mut s: [f32; 8]) -> (Softmax, [f32; 8]) {
-        let mut state = Softmax::EMPTY;
-        state.update::<Scalar>(&mut s, 0..8);
-        (state, s)
+    /// A tile of logits for a row, in every lane: the state after it, the probabilities and the factor of what came before.
+    struct Tile<'a>(Softmax, &'a [f32]);
+
+    impl Body for Tile<'_> {
+        type Output = (Softmax, Vec<f32>, f32);
+
+        #[inline(always)]
+        fn run<V: Vector, const MR: usize, const NR: usize>(self) -> Self::Output {
+            let Tile(state, logits) = self;
+            let mut s: Vec<f32> = logits.iter().flat_map(|s| vec![*s; V::LANES]).collect();
+            let (mut row_max, mut row_sum) = ([state.row_max; 16], [state.row_sum; 16]);
+            let largest = logits.iter().fold(V::splat(state.row_max), |max, s| max.max(V::splat(*s)));
+            let state = [&mut row_max[..], &mut row_sum[..]];
+            let before = update(state, largest, 1.0, &mut s, V::LANES, 0..logits.len());
+            let mut factor = [0.0; 16];
+            before.store(&mut factor);
+            let state = Softmax { row_max: row_max[0], row_sum: row_sum[0] };
+            (state, s.into_iter().step_by(V::LANES).collect(), factor[0])
+        }
+    }
+
+    fn levels() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available())
     }
 
     #[test]
     fn rows_of_minus_infinity_are_empty() {
-        let (state, p) = after([NEG; 8]);
-        assert_eq!((state, p), (Softmax::EMPTY, [0.0; 8]));
-        assert_eq!(state.lse(), NEG);
-        let mut acc = [3.0; 8];
-        state.normalise::<Scalar>(&mut acc);
-        assert_eq!(acc.map(f32::to_bits), [0; 8]);
+        for isa in levels() {
+            let (state, p, before) = isa.run(Tile(EMPTY, &[NEG; 3]));
+            assert_eq!((state, p, before), (EMPTY, vec![0.0; 3], 0.0), "{isa}");
+            assert!(state.is_empty() && state.lse() == NEG);
+        }
     }
 
     #[test]
     fn nan_and_plus_infinity_make_the_row_nan() {
-        for bad in [f32::NAN, f32::INFINITY] {
+        for (isa, bad) in levels().flat_map(|isa| [(isa, f32::NAN), (isa, f32::INFINITY)]) {
             for rest in [NEG, 0.0] {
-                let mut s = [rest; 8];
-                s[5] = bad;
-                let (state, _) = after(s);
-                assert!(state.lse().is_nan() && state.row_sum.is_nan());
-                let mut acc = [1.0; 8];
-                state.normalise::<Scalar>(&mut acc);
-                assert!(acc.iter().all(|c| c.is_nan()));
+                let (state, ..) = isa.run(Tile(EMPTY, &[rest, rest, bad, rest]));
+                assert!(state.lse().is_nan() && state.weight().is_nan() && !state.is_empty(), "{isa}");
             }
         }
     }
 
     #[test]
-    fn hidden_logits_weigh_nothing() {
-        let mut state = Softmax::EMPTY;
-        let mut s = [f32::NAN, 1.0, 2.0, f32::NAN, 9.0, 9.0, 9.0, 9.0];
-        assert_eq!(state.update::<Scalar>(&mut s, 1..3), 0.0);
-        assert_eq!(s.map(|p| p > 0.0), [false, true, true, false, false, false, false, false]);
-        assert_eq!(state.row_max, 2.0);
+    fn tiles_join() {
+        for isa in levels() {
+            let (state, p, before) = isa.run(Tile(EMPTY, &[1.0, NEG, 1.0]));
+            assert_eq!((p, before, state.row_sum), (vec![1.0, 0.0, 1.0], 0.0, 2.0), "{isa}");
+            let (state, p, before) = isa.run(Tile(state, &[NEG, 1.0]));
+            assert_eq!((p, before, state.row_sum), (vec![0.0, 1.0], 1.0, 3.0), "{isa}");
+            // A maximum of 1e4 · ln 2 more outweighs all before.
+            let (state, p, before) = isa.run(Tile(state, &[7000.0]));
+            assert_eq!((p, before, state.row_sum, state.lse()), (vec![1.0], 0.0, 1.0, 7000.0), "{isa}");
+        }
     }
 
     #[test]
     fn a_sink_joins_the_denominator() {
-        let (state, _) = after([0.0; 8]);
+        let state = Softmax { row_max: 0.0, row_sum: 8.0 };
         let (with, [before, _]) = state.merge(Softmax::one(0.0));
         assert_eq!((with.row_sum, before), (9.0, 1.0));
-        assert_eq!(Softmax::EMPTY.merge(Softmax::one(1.5)).0.lse(), 1.5);
+        assert_eq!(EMPTY.merge(Softmax::one(1.5)).0.lse(), 1.5);
         assert_eq!(state.merge(Softmax::one(NEG)), (state, [1.0, 0.0]));
-        assert_eq!(Softmax::EMPTY.merge(Softmax::one(NEG)).0, Softmax::EMPTY);
+        assert_eq!(EMPTY.merge(Softmax::one(NEG)).0, EMPTY);
     }
 }

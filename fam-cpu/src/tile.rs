@@ -17,15 +17,20 @@ const BLOCK_M: usize = 64;
 /// The largest head_dim: beyond it tiles leave L2, and a wider tile choice would be needed.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
 
-/// Most rows that any level holds in registers at once.
-pub(crate) const MAX_MR: usize = 16;
+/// Most vectors of rows in a panel, at any level, and most rows.
+pub(crate) const MAX_MR: usize = 2;
+pub(crate) const MAX_WIDTH: usize = 32;
+
+/// Channels that are summed in one chain. A longer dot product adds up chains, so that its error grows with its square root even where
+/// all terms are equal and each rounding errs to the same side.
+pub(crate) const CHAIN: usize = 64;
 
 /// How an op is cut into tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tile {
     /// Tokens, or memory rows, in a row tile.
     pub tokens: usize,
-    /// Rows in a row tile: tokens times the query heads of a group.
+    /// Rows in a row tile: tokens times the query heads of a group, up to whole panels.
     pub rows: usize,
     /// D padded.
     pub dp: usize,
@@ -35,7 +40,7 @@ impl Tile {
     /// The tiles of a shape. A group of more than `BLOCK_M` heads is not cut: its rows share keys best.
     pub fn of(shape: &Shape) -> Self {
         let tokens = (BLOCK_M / shape.group()).max(1);
-        Tile { tokens, rows: tokens * shape.group(), dp: padded(shape.head_dim()) }
+        Tile { tokens, rows: (tokens * shape.group()).next_multiple_of(MAX_WIDTH), dp: padded(shape.head_dim()) }
     }
 }
 

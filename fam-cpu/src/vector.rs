@@ -1,24 +1,54 @@
-//! The narrow waist between kernels and instruction sets: fourteen verbs over a register of f32 lanes.
+//! The narrow waist between kernels and instruction sets: some fifteen verbs over a register of f32 lanes.
 //!
-//! A kernel is written once, generic over [`Vector`] and `#[inline(always)]`; an instruction set implements the verbs in a file of its
-//! own and calls the kernels from a shell with its `#[target_feature]`. The shell is the only way in, so a verb runs only on a machine
-//! that has its instructions.
+//! A kernel is written once, as a [`Body`] generic over [`Vector`] and `#[inline(always)]`; an instruction set implements the verbs in a
+//! file of its own and runs bodies in a shell with its `#[target_feature]`. The shell is the only way in ([`crate::Isa::run`]), so a verb
+//! runs only on a machine that has its instructions.
 //!
 //! What NaN does is part of the contract: no verb loses the NaN of its receiver.
 
 pub(crate) mod scalar;
 
+/// Work over vectors of any instruction set.
+///
+/// `MR` vectors of lanes by `NR` broadcast values are what a level holds in registers at once ([`crate::product`]).
+pub(crate) trait Body {
+    /// What it gives.
+    type Output;
+    /// Does it. Implementations are `#[inline(always)]`, so that they take on the instructions of the shell that they run in.
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) -> Self::Output;
+}
+
 /// A register of f32 lanes.
 pub(crate) trait Vector: Copy {
     /// Lanes.
     const LANES: usize;
+    /// Vectors of lanes that are held in registers at once. A panel of rows is as wide.
+    const MR: usize;
+    /// A lane of a mask is true or false.
+    type Mask: Copy;
+
+    /// Runs a body in this level's shell: a function of its own, with these instructions.
+    fn run<B: Body>(body: B) -> B::Output;
 
     /// The same value in every lane.
     fn splat(value: f32) -> Self;
+    /// The `LANES` elements from `from` on.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load_from(from: *const f32) -> Self;
     /// The first `LANES` elements of `from`.
-    fn load(from: &[f32]) -> Self;
+    #[inline(always)]
+    fn load(from: &[f32]) -> Self {
+        let from = &from[..Self::LANES];
+        // SAFETY: the slice has them.
+        unsafe { Self::load_from(from.as_ptr()) }
+    }
     /// Writes the first `LANES` elements of `to`.
     fn store(self, to: &mut [f32]);
+    /// Transposes a square of `LANES` rows and columns: element j of row i of `from` becomes element i of row j of `to`. Rows are
+    /// `from_stride` and `to_stride` apart.
+    fn transpose(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize);
 
     /// `self + other`.
     fn add(self, other: Self) -> Self;
@@ -40,31 +70,48 @@ pub(crate) trait Vector: Copy {
     /// The nearest integer, for |self| < 2²².
     fn round(self) -> Self;
 
-    /// The largest lane; NaN lanes are passed over.
-    fn largest(self) -> f32;
-    /// The sum of the lanes, in an order that is fixed for the instruction set.
-    fn sum(self) -> f32;
+    /// Lanes where `first ≤ self < end`.
+    fn is_within(self, first: Self, end: Self) -> Self::Mask;
+    /// `self` where the mask is true, `other` elsewhere.
+    fn select(self, mask: Self::Mask, other: Self) -> Self;
 }
 
-/// exp(x) for x ≤ 0 within 2 ulp: 1 for 0, 0 for −∞, NaN for NaN, correctly rounded subnormals. Not for x > 88.
+/// 2ˣ for x ≤ 0 within 2 ulp: 1 for 0, 0 for −∞, NaN for NaN, correctly rounded subnormals. Not for x > 127.
 ///
-/// x = n·ln 2 + r with |r| ≤ ln 2 / 2, and exp(r) by the polynomial of Cephes' `expf` (S. Moshier), whose error is below 2⁻²⁶. ln 2 is
-/// split in two so that n times its upper part is exact.
+/// x = n + r with |r| ≤ ½, and 2ʳ by the polynomial of Cephes' `exp2f` (S. Moshier).
+#[inline(always)]
+pub(crate) fn exp2<V: Vector>(x: V) -> V {
+    // 2⁻¹⁵¹ is below half the smallest subnormal: from here on the result is 0, and n stays in range.
+    let x = x.max(V::splat(-151.5));
+    let n = x.round();
+    power(x.sub(n), n)
+}
+
+/// exp(x) for x ≤ 0 within 2 ulp; as [`exp2`], for x ≤ 88.
+///
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2. ln 2 is split in two so that n times its upper part is exact.
 #[inline(always)]
 pub(crate) fn exp<V: Vector>(x: V) -> V {
     const LN2_UPPER: f32 = 355.0 / 512.0;
     const LN2_LOWER: f32 = -2.121_944_4e-4;
-    const POLYNOMIAL: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
-    // exp(−105) is below half the smallest subnormal: from here on the result is 0, and n stays in range.
+    let log2_e = V::splat(std::f32::consts::LOG2_E);
     let x = x.max(V::splat(-105.0));
-    let n = x.mul(V::splat(std::f32::consts::LOG2_E)).round();
+    let n = x.mul(log2_e).round();
     let r = n.mul_add(V::splat(-LN2_UPPER), x);
     let r = n.mul_add(V::splat(-LN2_LOWER), r);
+    power(r.mul(log2_e), n)
+}
+
+/// 2ʳ·2ⁿ for |r| ≤ ½ and integral n.
+#[inline(always)]
+fn power<V: Vector>(r: V, n: V) -> V {
+    const POLYNOMIAL: [f32; 7] =
+        [1.535_336_2e-4, 1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0];
     let mut p = V::splat(POLYNOMIAL[0]);
     for c in &POLYNOMIAL[1..] {
         p = p.mul_add(r, V::splat(*c));
     }
-    p.mul_add(r.mul(r), r).add(V::splat(1.0)).ldexp(n)
+    p.ldexp(n)
 }
 
 /// σ(x) = ELU(x) + 1: x + 1 for x > 0, exp(x) otherwise (Infini-attention, Eq. 3; never `expm1(x) + 1`, which cancels).
@@ -78,14 +125,44 @@ pub(crate) fn sigma<V: Vector>(x: V) -> V {
 
 #[cfg(test)]
 mod tests {
-    use super::scalar::Scalar;
-    use super::{Vector, exp, sigma};
+    use super::{Body, Vector, exp, exp2, sigma};
+    use crate::Isa;
 
-    /// Every lane holds `x`; the first of the result.
-    fn lane<V: Vector>(x: f32, f: impl Fn(V) -> V) -> f32 {
-        let mut out = [0.0; 16];
-        f(V::splat(x)).store(&mut out);
-        out[0]
+    /// Functions of one number, in every lane.
+    #[derive(Clone, Copy, Debug)]
+    enum Function {
+        Exp2,
+        Exp,
+        Sigma,
+    }
+    use Function::{Exp, Exp2, Sigma};
+
+    /// A function of each number.
+    struct Of<'a>(Function, &'a [f32]);
+
+    impl Body for Of<'_> {
+        type Output = Vec<f32>;
+
+        #[inline(always)]
+        fn run<V: Vector, const MR: usize, const NR: usize>(self) -> Vec<f32> {
+            let mut out = vec![0.0; self.1.len().next_multiple_of(V::LANES)];
+            out[..self.1.len()].copy_from_slice(self.1);
+            for x in out.chunks_exact_mut(V::LANES) {
+                let of = V::load(x);
+                match self.0 {
+                    Exp2 => exp2(of),
+                    Exp => exp(of),
+                    Sigma => sigma(of),
+                }
+                .store(x);
+            }
+            out.truncate(self.1.len());
+            out
+        }
+    }
+
+    fn levels() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available())
     }
 
     /// Distance in units of the last place of the exact value, which for subnormal results is the smallest subnormal.
@@ -94,40 +171,85 @@ mod tests {
         (f64::from(got) - exact).abs() / (exponent - 23.0).exp2()
     }
 
-    fn exp_is_accurate<V: Vector>() {
-        let mut worst = 0.0f64;
-        for bits in ((-0.0f32).to_bits()..(-106.0f32).to_bits()).step_by(997) {
-            let x = f32::from_bits(bits);
-            worst = worst.max(ulps(lane::<V>(x, exp), f64::from(x).exp()));
-        }
-        assert!(worst <= 2.0, "{worst} ulp");
-        for (x, want) in [(0.0, 1.0), (-0.0, 1.0), (f32::NEG_INFINITY, 0.0), (-1e30, 0.0), (-104.1, 0.0)] {
-            assert_eq!(lane::<V>(x, exp).to_bits(), f32::to_bits(want), "exp({x})");
-        }
-        for nan in [f32::NAN, -f32::NAN, f32::from_bits(0x7f80_0001)] {
-            assert!(lane::<V>(nan, exp).is_nan() && lane::<V>(nan, sigma).is_nan());
+    #[test]
+    fn exponentials_are_within_two_ulp() {
+        for (isa, function) in levels().flat_map(|isa| [(isa, Exp2), (isa, Exp)]) {
+            let (lowest, exact): (f32, fn(f64) -> f64) = match function {
+                Exp2 => (-152.5, f64::exp2),
+                _ => (-106.0, f64::exp),
+            };
+            let x: Vec<f32> = ((-0.0f32).to_bits()..lowest.to_bits()).step_by(997).map(f32::from_bits).collect();
+            let got = isa.run(Of(function, &x));
+            let worst = x.iter().zip(got).map(|(x, got)| ulps(got, exact(f64::from(*x)))).fold(0.0, f64::max);
+            assert!(worst <= 2.0, "{isa}, {function:?}: {worst} ulp");
+            let ends = [0.0, -0.0, f32::NEG_INFINITY, -1e30, lowest];
+            let want = [1.0f32, 1.0, 0.0, 0.0, 0.0];
+            assert_eq!(isa.run(Of(function, &ends)).iter().map(|x| x.to_bits()).collect::<Vec<_>>(), want.map(f32::to_bits));
         }
     }
 
     #[test]
-    fn exp_is_within_two_ulp() {
-        exp_is_accurate::<Scalar>();
+    fn nan_stays_nan() {
+        for (isa, function) in levels().flat_map(|isa| [(isa, Exp2), (isa, Exp), (isa, Sigma)]) {
+            let nan = [f32::NAN, -f32::NAN, f32::from_bits(0x7f80_0001)];
+            assert!(isa.run(Of(function, &nan)).iter().all(|x| x.is_nan()), "{isa}, {function:?}");
+        }
     }
 
     #[test]
     fn sigma_is_exact_above_zero() {
-        for x in [1e-30f32, 0.1, 1.0, 3.3e7, f32::MAX, f32::INFINITY] {
-            assert_eq!(lane::<Scalar>(x, sigma), x + 1.0);
+        for isa in levels() {
+            let x = [0.0, 1e-30f32, 0.1, 1.0, 3.3e7, f32::MAX, f32::INFINITY];
+            assert_eq!(isa.run(Of(Sigma, &x)), x.map(|x| x + 1.0), "{isa}");
+            assert!(ulps(isa.run(Of(Sigma, &[-20.0]))[0], (-20f64).exp()) <= 2.0);
         }
-        assert_eq!(lane::<Scalar>(0.0, sigma), 1.0);
-        assert!(ulps(lane::<Scalar>(-20.0, sigma), (-20f64).exp()) <= 2.0);
+    }
+
+    /// The other verbs, against plain Rust.
+    struct Verbs;
+
+    impl Body for Verbs {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+            let x: Vec<f32> = (0..V::LANES * V::LANES).map(|i| i as f32 - 7.25).collect();
+            let mut t = vec![0.0; V::LANES * (V::LANES + 3)];
+            V::transpose(&x, V::LANES, &mut t, V::LANES + 3);
+            for (i, j) in (0..V::LANES).flat_map(|i| (0..V::LANES).map(move |j| (i, j))) {
+                assert_eq!(t[j * (V::LANES + 3) + i], x[i * V::LANES + j]);
+            }
+            let lanes = |v: V| {
+                let mut out = vec![0.0; V::LANES];
+                v.store(&mut out);
+                out
+            };
+            let (a, b) = (V::load(&x), V::splat(-3.0));
+            let each = |f: &dyn Fn(f32) -> f32| x[..V::LANES].iter().map(|x| f(*x)).collect::<Vec<f32>>();
+            assert_eq!(lanes(a.add(b)), each(&|x| x - 3.0));
+            assert_eq!(lanes(a.sub(b)), each(&|x| x + 3.0));
+            assert_eq!(lanes(a.mul(b)), each(&|x| x * -3.0));
+            assert_eq!(lanes(a.div(b)), each(&|x| x / -3.0));
+            assert_eq!(lanes(a.mul_add(b, a)), each(&|x| x * -3.0 + x));
+            assert_eq!(lanes(a.max(b)), each(&|x| x.max(-3.0)));
+            assert_eq!(lanes(a.min(b)), each(&|x| x.min(-3.0)));
+            assert_eq!(lanes(a.round()), each(&f32::round_ties_even));
+            let mask = a.is_within(V::splat(-5.25), V::splat(-3.25));
+            assert_eq!(lanes(a.select(mask, b)), each(&|x| if (-5.25..-3.25).contains(&x) { x } else { -3.0 }));
+            for n in [-152.0f32, -149.0, -127.0, -1.0, 0.0, 127.0] {
+                let two_to_n = f64::from(n).exp2();
+                assert_eq!(lanes(V::splat(1.4).ldexp(V::splat(n))), vec![(f64::from(1.4f32) * two_to_n) as f32; V::LANES]);
+            }
+            let nan = V::splat(f32::NAN);
+            assert!(lanes(nan.max(b)).iter().chain(&lanes(nan.min(b))).chain(&lanes(nan.ldexp(nan))).all(|x| x.is_nan()));
+            assert_eq!((lanes(b.max(nan)), lanes(b.min(nan))), (lanes(b), lanes(b)));
+            let seen = V::splat(0.0).is_within(V::splat(f32::NEG_INFINITY), nan);
+            assert_eq!(lanes(a.select(seen, b)), lanes(b));
+        }
     }
 
     #[test]
-    fn reductions_pass_nan_over_or_on() {
-        let lanes: Vec<f32> = (0..16).map(|i| if i == 3 { f32::NAN } else { -(i as f32) }).collect();
-        assert_eq!(Scalar::load(&lanes).largest(), 0.0);
-        assert!(Scalar::load(&lanes).sum().is_nan());
-        assert_eq!(Scalar::splat(f32::NAN).largest(), f32::NEG_INFINITY);
+    fn verbs_do_what_they_say() {
+        levels().for_each(|isa| isa.run(Verbs));
     }
 }

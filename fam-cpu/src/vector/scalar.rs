@@ -1,6 +1,6 @@
 //! The level that runs anywhere: plain Rust on eight lanes, in a form that LLVM turns into the target's baseline vectors.
 
-use super::Vector;
+use super::{Body, Vector};
 
 /// Eight f32 lanes without intrinsics.
 #[derive(Clone, Copy)]
@@ -12,30 +12,37 @@ impl Scalar {
     fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
         Scalar(std::array::from_fn(|i| f(self.0[i], other.0[i])))
     }
-
-    /// Lanes i and i + 4 first, as a target with registers of four lanes would.
-    #[inline(always)]
-    fn reduce(self, f: impl Fn(f32, f32) -> f32) -> f32 {
-        let v = self.0;
-        let four: [f32; 4] = std::array::from_fn(|i| f(v[i], v[i + 4]));
-        f(f(four[0], four[2]), f(four[1], four[3]))
-    }
 }
 
 impl Vector for Scalar {
     const LANES: usize = 8;
+    const MR: usize = 1;
+    type Mask = [bool; 8];
+
+    #[inline(never)]
+    fn run<B: Body>(body: B) -> B::Output {
+        body.run::<Self, 1, 4>()
+    }
 
     #[inline(always)]
     fn splat(value: f32) -> Self {
         Scalar([value; 8])
     }
     #[inline(always)]
-    fn load(from: &[f32]) -> Self {
-        Scalar(std::array::from_fn(|i| from[..8][i]))
+    unsafe fn load_from(from: *const f32) -> Self {
+        // SAFETY: as the caller promises.
+        Scalar(unsafe { from.cast::<[f32; 8]>().read() })
     }
     #[inline(always)]
     fn store(self, to: &mut [f32]) {
         to[..8].copy_from_slice(&self.0);
+    }
+    #[inline(always)]
+    fn transpose(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {
+        let rows: [&[f32]; 8] = std::array::from_fn(|i| &from[i * from_stride..][..8]);
+        for j in 0..8 {
+            Scalar(std::array::from_fn(|i| rows[i][j])).store(&mut to[j * to_stride..]);
+        }
     }
 
     #[inline(always)]
@@ -85,13 +92,12 @@ impl Vector for Scalar {
     }
 
     #[inline(always)]
-    fn largest(self) -> f32 {
-        // −inf first, so that a NaN lane is never the receiver.
-        Scalar([f32::NEG_INFINITY; 8]).max(self).reduce(|a, b| if b > a { b } else { a })
+    fn is_within(self, first: Self, end: Self) -> [bool; 8] {
+        std::array::from_fn(|i| first.0[i] <= self.0[i] && self.0[i] < end.0[i])
     }
     #[inline(always)]
-    fn sum(self) -> f32 {
-        self.reduce(|a, b| a + b)
+    fn select(self, mask: [bool; 8], other: Self) -> Self {
+        Scalar(std::array::from_fn(|i| if mask[i] { self.0[i] } else { other.0[i] }))
     }
 }
 

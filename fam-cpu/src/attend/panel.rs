@@ -1,0 +1,204 @@
+//! A panel of rows over one tile of keys: logits, softmax and P·V without leaving L1.
+//!
+//! ```text
+//! Sᵀ[t][r] = Σ_c k[t][c]·Qᵀ[c][r]        P = exp((S − row_max)·unit)        Oᵀ[c][r] = Oᵀ[c][r]·before + Σ_t v[t][c]·Pᵀ[t][r]
+//! ```
+//!
+//! A lane is a row everywhere, so maxima and sums of rows need no horizontal step, and keys and values no transposition.
+
+use crate::pack::Rows;
+use crate::product::{All, Lanes, Within, accumulate, zero};
+use crate::softmax;
+use crate::tile::{CHAIN, MAX_MR};
+use crate::vector::{Body, Vector};
+use fam_core::mutate;
+use std::ops::Range;
+
+/// The keys of a tile that a vector of rows sees.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Seen {
+    /// Those that some of its rows see.
+    any: Range<usize>,
+    /// Those that all of its rows see: a part of `any`.
+    all: Range<usize>,
+}
+
+impl Seen {
+    /// From the keys that the first and the last row see: neither end of a row's range lies before that of an earlier row.
+    pub fn new(first: Range<usize>, last: Range<usize>) -> Self {
+        let (any, all) = (first.start..last.end, last.start..first.end);
+        // With none that all see, those before and after them are all of `any`.
+        Seen { all: if all.is_empty() { any.end..any.end } else { all }, any }
+    }
+
+    /// Whether some rows see keys that others do not.
+    pub fn is_mixed(&self) -> bool {
+        self.any != self.all
+    }
+}
+
+/// See the file's head. Buffers are of one panel, `[..][W]`.
+pub(super) struct PanelOverTile<'a> {
+    /// Qᵀ, `[dp][W]`, with the sign of the scale.
+    pub q: &'a [f32],
+    /// Keys and values, of `d` channels.
+    pub k: Rows<'a>,
+    pub v: Rows<'a>,
+    pub d: usize,
+    /// |scale|.
+    pub unit: f32,
+    /// What each vector sees, and, where that is mixed, each row: its first key, and the one after its last.
+    pub seen: [Seen; MAX_MR],
+    pub ranges: [&'a [f32]; 2],
+    /// Sᵀ, then Pᵀ, `[BLOCK_N][W]`.
+    pub s: &'a mut [f32],
+    /// Oᵀ, `[dp][W]`.
+    pub acc: &'a mut [f32],
+    pub row_max: &'a mut [f32],
+    pub row_sum: &'a mut [f32],
+}
+
+impl Body for PanelOverTile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(mut self) {
+        let any = self.seen.iter().map(|s| s.any.clone()).filter(|any| !any.is_empty());
+        let Some(any) = any.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)) else { return };
+        let mut maxima = [V::splat(0.0); MR];
+        for (j, max) in maxima.iter_mut().enumerate() {
+            *max = V::load(&self.row_max[j * V::LANES..]);
+        }
+        let mut t = any.start;
+        while t < any.end {
+            if any.len() < NR {
+                self.logits::<V, MR, 1>(t, &mut maxima);
+                t += 1;
+            } else {
+                // The last keys again rather than fewer at once: a logit is the same however often it is computed.
+                self.logits::<V, MR, NR>(t.min(any.end - NR), &mut maxima);
+                t += NR;
+            }
+        }
+
+        let mut before = [V::splat(1.0); MR];
+        for j in 0..MR {
+            let keys = self.seen[j].any.clone();
+            if !keys.is_empty() {
+                let lanes = j * V::LANES..(j + 1) * V::LANES;
+                let state = [&mut self.row_max[lanes.clone()], &mut self.row_sum[lanes.clone()]];
+                let (s, width) = (&mut self.s[lanes.start..], MR * V::LANES);
+                before[j] = softmax::update(state, maxima[j], self.unit, s, width, keys);
+            }
+        }
+
+        let seen = &self.seen[..MR];
+        if seen.iter().all(|s| *s == seen[0] && !s.is_mixed()) {
+            self.values::<V, MR, MR, NR>(0, before);
+        } else {
+            for (j, before) in before.into_iter().enumerate() {
+                self.values::<V, MR, 1, NR>(j, [before]);
+            }
+        }
+    }
+}
+
+impl PanelOverTile<'_> {
+    /// Logits of the keys `t .. t + N` in all vectors that see any of them.
+    #[inline(always)]
+    fn logits<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize, maxima: &mut [V; MR]) {
+        let sees = |s: &Seen| s.any.start < t + N && t < s.any.end;
+        if self.seen[..MR].iter().all(sees) {
+            return self.logits_of::<V, MR, MR, N>(0, t, maxima);
+        }
+        for (j, max) in maxima.iter_mut().enumerate() {
+            if sees(&self.seen[j]) {
+                let mut one = [*max];
+                self.logits_of::<V, MR, 1, N>(j, t, &mut one);
+                [*max] = one;
+            }
+        }
+    }
+
+    /// Logits of the keys `t .. t + N` in `M` vectors from vector `first` on; −∞ where a row does not see the key.
+    #[inline(always)]
+    fn logits_of<V: Vector, const MR: usize, const M: usize, const N: usize>(
+        &mut self,
+        first: usize,
+        t: usize,
+        maxima: &mut [V; M],
+    ) {
+        let (width, lanes) = (MR * V::LANES, first * V::LANES);
+        let (q, k) = (Lanes { data: &self.q[lanes..], stride: width }, self.k.over_channels().skip(t));
+        for c in (0..self.d).step_by(CHAIN) {
+            let end = self.d.min(c + CHAIN);
+            let mut sum = zero::<V, M, N>();
+            accumulate(q, k, c..end, &All, &mut sum);
+            for j in 0..M {
+                let (all, begin) = (&self.seen[first + j].all, lanes + j * V::LANES);
+                let is_seen = all.start <= t && t + N <= all.end;
+                for i in 0..N {
+                    let s = &mut self.s[(t + i) * width + begin..];
+                    let mut x = sum[i][j];
+                    if c > 0 {
+                        x = V::load(s).add(x);
+                    }
+                    if end == self.d {
+                        if !is_seen {
+                            let [from, until] = self.ranges.map(|range| V::load(&range[begin..]));
+                            let hidden = V::splat(mutate!("attend-finite-sentinel", f32::NEG_INFINITY, -1e4));
+                            x = x.select(V::splat((t + i) as f32).is_within(from, until), hidden);
+                        }
+                        maxima[j] = maxima[j].max(x);
+                    }
+                    x.store(s);
+                }
+            }
+        }
+    }
+
+    /// Rescales the sums of `M` vectors from vector `first` on and adds the tile's, each row's over the keys that it sees alone: the value
+    /// of another may be NaN.
+    #[inline(always)]
+    fn values<V: Vector, const MR: usize, const M: usize, const NR: usize>(&mut self, first: usize, before: [V; M]) {
+        if self.seen[first].any.is_empty() {
+            return;
+        }
+        let mut c = 0;
+        while c + NR <= self.d {
+            self.values_of::<V, MR, M, NR>(first, c, before);
+            c += NR;
+        }
+        while c < self.d {
+            self.values_of::<V, MR, M, 1>(first, c, before);
+            c += 1;
+        }
+    }
+
+    /// The same for channels `c .. c + N`.
+    #[inline(always)]
+    fn values_of<V: Vector, const MR: usize, const M: usize, const N: usize>(&mut self, first: usize, c: usize, before: [V; M]) {
+        let (width, lanes) = (MR * V::LANES, first * V::LANES);
+        let (p, v) = (Lanes { data: &self.s[lanes..], stride: width }, self.v.over_rows().skip(c));
+        // A tile's sums are a chain of their own: chains of 64 err less than one of all keys.
+        let mut sum = zero::<V, M, N>();
+        let Seen { any, all } = &self.seen[first];
+        if any == all {
+            accumulate(p, v, all.clone(), &All, &mut sum);
+        } else {
+            let mut within = Within { first: [V::splat(0.0); M], end: [V::splat(0.0); M] };
+            for j in 0..M {
+                [within.first[j], within.end[j]] = self.ranges.map(|range| V::load(&range[lanes + j * V::LANES..]));
+            }
+            accumulate(p, v, any.start..all.start, &within, &mut sum);
+            accumulate(p, v, all.clone(), &All, &mut sum);
+            accumulate(p, v, all.end..any.end, &within, &mut sum);
+        }
+        for i in 0..N {
+            for j in 0..M {
+                let acc = &mut self.acc[(c + i) * width + lanes + j * V::LANES..];
+                V::load(acc).mul_add(before[j], sum[i][j]).store(acc);
+            }
+        }
+    }
+}
