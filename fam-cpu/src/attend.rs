@@ -6,32 +6,24 @@
 //!
 //! A task is one stream, one kv head and one tile of rows: up to `BLOCK_M` rows of block rows (`q`) or of memory rows (`mem_q`), the query
 //! heads of a group folded into rows, so that they share keys. A tile is worked off in pieces that lie in one block, since a block's rows
-//! share its window and its memory. A piece walks its keys in the order
-//!
-//! ```text
-//! window, oldest first  |  memory rows  |  current block
-//! ```
-//!
-//! in tiles of `BLOCK_N` keys. Window tiles are counted back from the block's start, those of the current block forward from it. So which
-//! keys share a tile depends on their distance to the row's block alone: a row's arithmetic is the same in a step, a prefill and a
-//! decode, in any batch, slot, cache or tile of rows, and so are its bits. Of each tile a row sees a range; what lies outside weighs
-//! exactly 0 and its values are not touched, so NaN there stays where it is seen.
+//! share its window and its memory; [`crate::walk`] has their keys in order. Of each tile of keys a row sees a range; what lies outside
+//! weighs exactly 0 and its values are not touched, so NaN there stays where it is seen.
 
 mod panel;
 
 use crate::CpuPlan;
 use crate::infini_read::State;
-use crate::memory::{Cache, HeadRows, Input};
+use crate::memory::{Cache, Input};
 use crate::pack::{self, Convert, Rows, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Task, run};
 use crate::softmax::Softmax;
 use crate::span::SpanSource;
-use crate::tile::{BLOCK_N, MAX_MR, MAX_WIDTH, Tile, carve};
+use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector};
-use fam_core::{Attend, Plan, Result, Shape, Span, mutate};
-use panel::{PanelOverTile, Seen};
-use std::ops::Range;
+use crate::walk::{KeyTile, Piece, walk};
+use fam_core::{Attend, Plan, Result, Shape, mutate};
+use panel::PanelOverTile;
 
 /// Sizes of a worker's buffers, in the order of [`Buffers`].
 pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 11] {
@@ -109,51 +101,6 @@ impl<'a, T: Convert> RowGroup<'a, T> {
     }
 }
 
-/// Rows of one tile in one block. Row `r` is query head `r mod group` of the group, of token (or memory row) `first + r / group`.
-struct Piece {
-    span: Span,
-    /// Block of the call.
-    i: usize,
-    /// Position of the block's first token.
-    block: u64,
-    /// First token, counted from the call's first; or first memory row.
-    first: usize,
-    tokens: usize,
-    is_memory: bool,
-}
-
-impl Piece {
-    /// Keys of window and current block that token `t` of the piece sees, counted from the block's start.
-    fn visible(&self, t: usize, shape: &Shape) -> Range<i64> {
-        let from_block = |position: u64| position.wrapping_sub(self.block).cast_signed();
-        let (span, block_len) = (&self.span, shape.block_len());
-        if self.is_memory {
-            let keys = span.block_keys(self.i, block_len);
-            let (first, end) = (from_block(keys.start), from_block(keys.end));
-            let first = mutate!("attend-mem-rows-window", first, first.min(from_block(span.window_first(self.block, shape))));
-            return first..mutate!("attend-mem-rows-causal", end, end.min((self.first + t) as i64 + 1));
-        }
-        let position = span.start + (self.first + t) as u64;
-        let first = from_block(span.window_first(position, shape));
-        let end = from_block(position + 1);
-        let first = mutate!("attend-window-block", first, (first + block_len as i64).min(first.max(0)));
-        let first = mutate!(
-            "attend-window-tokens",
-            first,
-            match shape.window() {
-                fam_core::Window::Blocks(m) => first.max(end - 1 - (m * block_len) as i64),
-                _ => first,
-            }
-        );
-        let first = mutate!(
-            "attend-token-window",
-            first,
-            if shape.window() == fam_core::Window::Tokens(1) { first } else { (first + 1).min(end - 1) }
-        );
-        first..mutate!("attend-dropped-key", end, (first + 1).max(end - 1))
-    }
-}
-
 /// A worker's buffers; see [`scratch`] and, for the forms of panels and tiles, [`pack`].
 struct Buffers<'s> {
     /// Panels of q.
@@ -221,15 +168,6 @@ impl<T: Convert> Body for TileOfRows<'_, '_, T> {
     }
 }
 
-/// Keys and values that may share a tile.
-struct Segment<'a, T> {
-    rows: (HeadRows<'a, T>, HeadRows<'a, T>),
-    /// Row number of key 0. Arithmetic with it wraps, since a tile may begin before the origin while its keys do not.
-    first: u64,
-    /// Memory keys that all rows see; `None` for tokens.
-    mem: Option<Range<i64>>,
-}
-
 impl<T: Convert> Kernel<'_, T> {
     #[inline(always)]
     fn piece<V: Vector>(&self, task: &mut Task, piece: &Piece, rows: &RowGroup<'_, T>, b: &mut Buffers<'_>) {
@@ -249,7 +187,7 @@ impl<T: Convert> Kernel<'_, T> {
         row_sum[..fresh].fill(0.0);
         b.acc[..count.next_multiple_of(width) * dp].fill(0.0);
 
-        self.walk::<V>(kv_head, piece, b);
+        walk(shape, &self.keys, self.mem.as_ref(), piece, kv_head, |tile| self.tile::<V>(tile, count, b));
 
         for first in (0..count).step_by(width) {
             let count = width.min(count - first);
@@ -288,85 +226,23 @@ impl<T: Convert> Kernel<'_, T> {
         }
     }
 
-    /// All keys of a piece, in order.
+    /// A tile of keys, for all rows of a piece.
     #[inline(always)]
-    fn walk<V: Vector>(&self, kv_head: usize, piece: &Piece, b: &mut Buffers<'_>) {
-        let (span, shape) = (&piece.span, self.shape);
-        let kv_head = mutate!("attend-gqa", kv_head, kv_head * shape.group() % shape.kv_heads());
-        let (first, end) = (piece.visible(0, shape).start, piece.visible(piece.tokens - 1, shape).end);
-        let slot = mutate!("attend-slot", span.slot as usize, 0);
-        let origin = mutate!("attend-origin", span.origin, if self.keys.is_ring() { 0 } else { span.origin });
-        let tokens = Segment { rows: self.keys.rows([slot, 0, kv_head]), first: piece.block.wrapping_sub(origin), mem: None };
-        let memory = self.mem.as_ref().map(|mem| {
-            let count = mutate!("attend-mem-rows-all", span.mem_rows as usize, mem.rows_per_entry().min(shape.mem_len())) as i64;
-            let count = mutate!("attend-mem-rows-short", count, (count - 1).max(0));
-            let i = mutate!("attend-next-memory", piece.i, piece.i + 1);
-            let entry = (u64::from(span.mem_entry) + i as u64) % mem.entries() as u64;
-            Segment { rows: mem.rows([slot, entry as usize, kv_head]), first: 0, mem: Some(0..count) }
-        });
-
-        let step = BLOCK_N as i64;
-        let window = -(-first.min(0) as u64).next_multiple_of(BLOCK_N as u64).cast_signed()..end.min(0);
-        let own =
-            first.max(0) / step * step..mutate!("attend-partial-tile", end, if end > step { end / step * step } else { end });
-        let mem = memory.iter().filter_map(|m| m.mem.clone().map(|keys| (m, keys)));
-        for (segment, keys) in [(&tokens, window)].into_iter().chain(mem).chain([(&tokens, own)]) {
-            let mut x = keys.start;
-            while x < keys.end {
-                let seen = |t| clip(segment.mem.clone().unwrap_or_else(|| piece.visible(t, shape)), x);
-                self.tile::<V>(segment, x, piece.tokens, seen, b);
-                x += step;
-            }
-        }
-    }
-
-    /// The tile of keys from `x` on, for all rows of a piece. `seen(t)`: the keys of the tile that token t sees.
-    #[inline(always)]
-    fn tile<V: Vector>(
-        &self,
-        segment: &Segment<'_, T>,
-        x: i64,
-        tokens: usize,
-        seen: impl Fn(usize) -> Range<usize>,
-        b: &mut Buffers<'_>,
-    ) {
-        let (group, d, dp, width) = (self.shape.group(), self.shape.head_dim(), self.tile.dp, V::MR * V::LANES);
-        // Keys that no token sees are never read. From here on keys are counted from the first that one does.
-        let union = seen(0).start..seen(tokens - 1).end;
-        if union.is_empty() {
-            return;
-        }
-        let seen = |r: usize| {
-            let keys = seen(r / group);
-            keys.start.saturating_sub(union.start)..keys.end.saturating_sub(union.start)
-        };
-        let first = segment.first.wrapping_add(x.cast_unsigned()).wrapping_add(union.start as u64);
-        let rows = first..first + union.len() as u64;
-        let k = Rows::of(&segment.rows.0, rows.clone(), dp, b.k);
-        let v = Rows::of(&segment.rows.1, rows, dp, b.v);
+    fn tile<V: Vector>(&self, tile: &KeyTile<'_, T>, count: usize, b: &mut Buffers<'_>) {
+        let (d, dp, width) = (self.shape.head_dim(), self.tile.dp, V::MR * V::LANES);
+        let k = Rows::of(&tile.rows.0, tile.range.clone(), dp, b.k);
+        let v = Rows::of(&tile.rows.1, tile.range.clone(), dp, b.v);
         let (row_max, row_sum) = b.states.split_at_mut(self.tile.rows);
-        let (from, until) = b.ranges.split_at_mut(MAX_WIDTH);
-        let count = tokens * group;
         for first in (0..count).step_by(width) {
-            let mut of_vectors: [Seen; MAX_MR] = Default::default();
-            for (of_vector, r) in of_vectors.iter_mut().zip((first..count.min(first + width)).step_by(V::LANES)) {
-                let last = count.min(r + V::LANES) - 1;
-                *of_vector = Seen::new(seen(r), seen(last));
-                if of_vector.is_mixed() {
-                    for lane in 0..V::LANES {
-                        let keys = seen(last.min(r + lane));
-                        (from[r - first + lane], until[r - first + lane]) = (keys.start as f32, keys.end as f32);
-                    }
-                }
-            }
+            let seen = tile.seen::<V>(first..count.min(first + width), b.ranges);
             V::run(PanelOverTile {
                 q: &b.q[first * dp..][..width * dp],
                 k,
                 v,
                 d,
                 unit: self.unit,
-                seen: of_vectors,
-                ranges: [&*from, &*until],
+                seen,
+                ranges: b.ranges.split_at(MAX_WIDTH).into(),
                 s: &mut *b.s,
                 acc: &mut b.acc[first * dp..][..width * dp],
                 row_max: &mut row_max[first..][..width],
@@ -374,11 +250,4 @@ impl<T: Convert> Kernel<'_, T> {
             });
         }
     }
-}
-
-/// The part of `keys` in the tile that begins at `x`, as keys of the tile.
-#[inline(always)]
-fn clip(keys: Range<i64>, x: i64) -> Range<usize> {
-    let in_tile = |key: i64| (key - x).clamp(0, BLOCK_N as i64) as usize;
-    in_tile(keys.start)..in_tile(keys.end)
 }

@@ -30,12 +30,15 @@
 
 mod append;
 mod attend;
+mod attend_backward;
 mod device;
+mod infini_backward;
 mod infini_read;
 mod infini_write;
 mod isa;
 mod memory;
 mod merge;
+mod merge_backward;
 mod pack;
 #[allow(unsafe_code, reason = "tasks share scratch memory and outputs, and a pool runs borrowed work")]
 mod parallel;
@@ -46,6 +49,7 @@ mod span;
 mod tile;
 #[allow(unsafe_code, reason = "loads and stores of vectors")]
 mod vector;
+mod walk;
 
 pub use isa::Isa;
 pub use parallel::pool::Pool;
@@ -53,7 +57,8 @@ pub use parallel::{Executor, Par};
 pub use tile::BLOCK_N;
 
 use fam_core::{
-    Append, Attend, Backend, Dtype, Error, InfiniRead, InfiniWrite, KernelId, Merge, Op, Plan, Result, Spec, Support,
+    Append, Attend, AttendBackward, Backend, Dtype, Error, InfiniRead, InfiniReadBackward, InfiniWrite, InfiniWriteBackward,
+    KernelId, Merge, MergeBackward, Plan, Result, Spec, Support,
 };
 use tile::Tile;
 
@@ -136,14 +141,15 @@ impl Backend for Cpu {
         if !Dtype::ALL.contains(&dtype) {
             return Err(Error::unsupported("dtype", dtype, "f32, f16, bf16"));
         }
-        if let Some(op) = spec.ops().iter().find(|op| !Op::FORWARD.contains(op)) {
-            return Err(Error::no_kernel(*op, dtype, "cpu"));
-        }
-        let kernel = |&op| (KernelId { backend: "cpu", op, dtype, variant: self.isa.name() }, parallel::PHASES);
+        let kernel = |&op| (KernelId { backend: "cpu", op, dtype, variant: self.isa.name() }, parallel::phases(op));
         let ring = memory::ring_layout(spec);
         let ring_bytes = (ring.shape[0] * ring.stride[0] * ring.dtype.bytes()) as u64;
         Ok(Support::new(spec.ops().iter().map(kernel).collect())
-            .scratch_bytes(parallel::scratch_bytes(tile::worker_share(spec), self.threads))
+            .scratch_bytes(
+                parallel::scratch_bytes(tile::worker_share(spec), self.threads)
+                    + parallel::shared_bytes(tile::shared(spec)) as u64,
+            )
+            .saved_bytes(spec.saved_bytes())
             .ring_bytes(ring_bytes))
     }
 
@@ -171,6 +177,46 @@ impl Backend for Cpu {
 
     fn merge(&self, plan: &CpuPlan, queue: &mut Par<'_>, args: Merge<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
         merge::merge(plan, queue, args, scratch)
+    }
+
+    fn attend_backward(
+        &self,
+        plan: &CpuPlan,
+        queue: &mut Par<'_>,
+        args: AttendBackward<'_, [u8]>,
+        scratch: &mut [u8],
+    ) -> Result<()> {
+        attend_backward::attend_backward(plan, queue, args, scratch)
+    }
+
+    fn infini_read_backward(
+        &self,
+        plan: &CpuPlan,
+        queue: &mut Par<'_>,
+        args: InfiniReadBackward<'_, [u8]>,
+        scratch: &mut [u8],
+    ) -> Result<()> {
+        infini_backward::infini_read_backward(plan, queue, args, scratch)
+    }
+
+    fn infini_write_backward(
+        &self,
+        plan: &CpuPlan,
+        queue: &mut Par<'_>,
+        args: InfiniWriteBackward<'_, [u8]>,
+        scratch: &mut [u8],
+    ) -> Result<()> {
+        infini_backward::infini_write_backward(plan, queue, args, scratch)
+    }
+
+    fn merge_backward(
+        &self,
+        plan: &CpuPlan,
+        queue: &mut Par<'_>,
+        args: MergeBackward<'_, [u8]>,
+        scratch: &mut [u8],
+    ) -> Result<()> {
+        merge_backward::merge_backward(plan, queue, args, scratch)
     }
 }
 

@@ -1,7 +1,8 @@
 //! Memory of the CPU: bytes, read as elements where their address allows it.
 
+use crate::pack;
 use bytemuck::Pod;
-use fam_core::{Element, Error, Keys, Layout, Result, Spec, View, mutate};
+use fam_core::{Dtype, Element, Error, Keys, Layout, Result, Spec, View, bf16, f16, mutate};
 
 /// The whole elements of aligned bytes; an op has validated its arguments.
 fn elements<T: Pod>(mem: &[u8]) -> &[T] {
@@ -48,6 +49,35 @@ impl<'a, T: Element> Input<'a, T> {
             _ => [self.layout.at([batch, block, 0, head]), self.layout.stride[2], self.layout.shape[4]],
         };
         HeadRows { data: self.data, first, stride, len, wrap }
+    }
+}
+
+/// An input in any dtype, for ops that read it once.
+pub(crate) enum Floats<'a> {
+    F32(Input<'a, f32>),
+    F16(Input<'a, f16>),
+    Bf16(Input<'a, bf16>),
+}
+
+impl<'a> Floats<'a> {
+    /// A validated view.
+    pub fn new(view: &View<'a, [u8]>) -> Self {
+        match view.layout.dtype {
+            Dtype::F32 => Floats::F32(Input::new(view)),
+            Dtype::F16 => Floats::F16(Input::new(view)),
+            Dtype::Bf16 => Floats::Bf16(Input::new(view)),
+            other => unreachable!("refused when the plan was made: {other}"),
+        }
+    }
+
+    /// The row `[batch, blocks, rows, heads]`, then zeros.
+    #[inline(always)]
+    pub fn pack(&self, at: [usize; 4], to: &mut [f32]) {
+        match self {
+            Floats::F32(x) => pack::row(x.row(at), to),
+            Floats::F16(x) => pack::row(x.row(at), to),
+            Floats::Bf16(x) => pack::row(x.row(at), to),
+        }
     }
 }
 

@@ -5,16 +5,15 @@
 //! ```
 
 use crate::CpuPlan;
-use crate::memory::Input;
-use crate::pack::Convert;
+use crate::memory::{Floats, Input};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, run};
 use crate::softmax::Softmax;
 use crate::tile::MAX_HEAD_DIM;
-use fam_core::{Dtype, Merge, Partial, Result, bf16, f16, mutate};
+use fam_core::{Merge, Partial, Result, mutate};
 
 /// Rows of one entry and head in a task: some tens of KiB, enough to make up for drawing its number.
-const ROWS: usize = 64;
+pub(crate) const ROWS: usize = 64;
 
 /// [`fam_core::Backend::merge`].
 pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
@@ -37,7 +36,7 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
             for (part, weight) in parts.iter().zip(weights) {
                 // A part of weight 0 may hold NaN.
                 if weight != 0.0 {
-                    part.o.widen(at, &mut of_part[..d]);
+                    part.o.pack(at, &mut of_part[..d]);
                     sum.iter_mut().zip(&of_part[..d]).for_each(|(sum, o)| *sum += weight * o);
                 }
             }
@@ -54,36 +53,13 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
 }
 
 /// One part as kernels read it.
-struct Part<'a> {
-    o: PartRows<'a>,
-    lse: Input<'a, f32>,
-}
-
-/// Output of an attention: f32, or the shape's dtype.
-enum PartRows<'a> {
-    F32(Input<'a, f32>),
-    F16(Input<'a, f16>),
-    Bf16(Input<'a, bf16>),
+pub(crate) struct Part<'a> {
+    pub o: Floats<'a>,
+    pub lse: Input<'a, f32>,
 }
 
 impl<'a> Part<'a> {
-    fn new(part: &Partial<'a, [u8]>) -> Self {
-        let o = match part.o.layout.dtype {
-            Dtype::F32 => PartRows::F32(Input::new(&part.o)),
-            Dtype::F16 => PartRows::F16(Input::new(&part.o)),
-            Dtype::Bf16 => PartRows::Bf16(Input::new(&part.o)),
-            other => unreachable!("refused when the plan was made: {other}"),
-        };
-        Part { o, lse: Input::new(&part.lse) }
-    }
-}
-
-impl PartRows<'_> {
-    fn widen(&self, at: [usize; 4], to: &mut [f32]) {
-        match self {
-            PartRows::F32(o) => f32::widen(o.row(at), to),
-            PartRows::F16(o) => f16::widen(o.row(at), to),
-            PartRows::Bf16(o) => bf16::widen(o.row(at), to),
-        }
+    pub fn new(part: &Partial<'a, [u8]>) -> Self {
+        Part { o: Floats::new(&part.o), lse: Input::new(&part.lse) }
     }
 }

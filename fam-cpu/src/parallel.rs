@@ -7,7 +7,7 @@ pub(crate) mod output;
 pub(crate) mod pool;
 
 use crate::span::SpanSource;
-use fam_core::{Error, Result, Span};
+use fam_core::{Error, Op, Result, Span};
 use pool::Pool;
 use std::fmt;
 use std::marker::PhantomData;
@@ -26,7 +26,7 @@ pub enum Par<'q> {
     /// Part `ith` of `nth` of one phase of the op, on the calling thread: an engine that deals its own time out runs all parts one after
     /// another, phase by phase ([`fam_core::Support::phases`] counts them). Parts write disjoint rows. For single operations, not for
     /// [`fam_core::Streams`], whose steps are several. Parts at the same time would each borrow the outputs exclusively, which cannot be:
-    /// threads that all enter an op at once are an [`Executor`].
+    /// threads that all enter an op at once are an [`Executor`]. All phases of a call have the same arguments and scratch memory.
     Slice {
         /// Which part, below `nth`.
         ith: usize,
@@ -152,12 +152,44 @@ pub(crate) fn run(
     share: usize,
     body: &(dyn Fn(&mut Task, &mut [f32]) + Sync),
 ) -> Result<()> {
+    run_phase(par, Phase::ONLY, grid, scratch, share, body)
+}
+
+/// One of the grids of an op, each of which reads what those before have written.
+#[derive(Clone, Copy)]
+pub(crate) struct Phase {
+    /// Which, from 0.
+    pub number: usize,
+    /// How many there are.
+    pub of: usize,
+}
+
+impl Phase {
+    /// An op of one grid.
+    pub const ONLY: Phase = Phase { number: 0, of: 1 };
+}
+
+/// [`run`] of one phase of an op.
+///
+/// # Errors
+/// [`Error::Invalid`] for a bad slice.
+pub(crate) fn run_phase(
+    par: &Par<'_>,
+    phase: Phase,
+    grid: &Grid<'_>,
+    scratch: &mut [u8],
+    share: usize,
+    body: &(dyn Fn(&mut Task, &mut [f32]) + Sync),
+) -> Result<()> {
     let threads = match par {
         Par::Serial => 1,
         Par::Pool(pool) => pool.threads(),
         Par::Caller(executor) => executor.threads().max(1),
-        Par::Slice { ith, nth, phase } => {
-            check_slice(*ith, *nth, *phase)?;
+        Par::Slice { ith, nth, phase: asked } => {
+            check_slice(*ith, *nth, *asked, phase.of)?;
+            if *asked != phase.number {
+                return Ok(());
+            }
             1
         }
     };
@@ -205,25 +237,30 @@ pub(crate) fn run(
 /// [`Error::Invalid`].
 pub(crate) fn check_whole(par: &Par<'_>) -> Result<()> {
     let Par::Slice { ith, nth, phase } = *par else { return Ok(()) };
-    check_slice(ith, nth, phase)?;
+    check_slice(ith, nth, phase, 1)?;
     if nth > 1 {
         return Err(Error::invalid("slice.nth", nth, "1: only operations can be cut into slices"));
     }
     Ok(())
 }
 
-/// Phases of every op so far.
-pub(crate) const PHASES: usize = 1;
+/// Phases of an op.
+pub(crate) fn phases(op: Op) -> usize {
+    match op {
+        Op::AttendBackward | Op::InfiniReadBackward => 2,
+        _ => 1,
+    }
+}
 
-fn check_slice(ith: usize, nth: usize, phase: usize) -> Result<()> {
+fn check_slice(ith: usize, nth: usize, phase: usize, phases: usize) -> Result<()> {
     if nth == 0 {
         return Err(Error::invalid("slice.nth", nth, "at least 1"));
     }
     if ith >= nth {
         return Err(Error::invalid("slice.ith", ith, format!("below nth = {nth}")));
     }
-    if phase >= PHASES {
-        return Err(Error::invalid("slice.phase", phase, format!("below the op's {PHASES} phases")));
+    if phase >= phases {
+        return Err(Error::invalid("slice.phase", phase, format!("below the op's {phases} phases")));
     }
     Ok(())
 }
@@ -234,6 +271,18 @@ pub(crate) const ALIGN: usize = 64;
 /// Bytes of scratch memory in which `workers` shares of `share` elements fit wherever it begins.
 pub(crate) fn scratch_bytes(share: usize, workers: usize) -> u64 {
     if share == 0 { 0 } else { (share as u64 * 4).saturating_mul(workers as u64).saturating_add(ALIGN as u64 - 1) }
+}
+
+/// Cuts `elements` elements off scratch memory, for all tasks of all phases; the rest is for [`run`].
+pub(crate) fn shared(scratch: &mut [u8], elements: usize) -> (&mut [u8], &mut [u8]) {
+    let skip = scratch.as_ptr().align_offset(ALIGN).min(scratch.len());
+    let (_, scratch) = scratch.split_at_mut(skip);
+    scratch.split_at_mut(shared_bytes(elements))
+}
+
+/// Bytes that [`shared`] takes, whole cache lines: beside those of [`scratch_bytes`].
+pub(crate) fn shared_bytes(elements: usize) -> usize {
+    (elements * 4).next_multiple_of(ALIGN)
 }
 
 /// Scratch memory cut into equal shares, one for each worker.

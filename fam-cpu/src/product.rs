@@ -16,6 +16,7 @@
 //!
 //! A lane's arithmetic is one chain over k, the same for any `MR` and `NR`: tiles may be cut anywhere without changing a bit.
 
+use crate::tile::CHAIN;
 use crate::vector::Vector;
 use std::ops::Range;
 
@@ -105,4 +106,80 @@ pub(crate) fn accumulate<V: Vector, const MR: usize, const NR: usize>(
         }
     }
     *sum = out;
+}
+
+/// Σ_k b[i][k] · x[k][j] over `terms` terms, in chains of at most `CHAIN`: a longer one's error would grow with its length, where all terms
+/// are equal and each rounding errs to the same side.
+#[inline(always)]
+pub(crate) fn chained<V: Vector, const MR: usize, const NR: usize>(
+    x: Lanes<'_>,
+    b: Broadcast<'_>,
+    terms: usize,
+) -> [[V; MR]; NR] {
+    let mut sum = zero::<V, MR, NR>();
+    accumulate(x, b, 0..terms.min(CHAIN), &All, &mut sum);
+    for first in (CHAIN..terms).step_by(CHAIN) {
+        let mut chain = zero::<V, MR, NR>();
+        accumulate(x, b, first..terms.min(first + CHAIN), &All, &mut chain);
+        for (sum, chain) in sum.iter_mut().flatten().zip(chain.iter().flatten()) {
+            *sum = sum.add(*chain);
+        }
+    }
+    sum
+}
+
+/// A whole product of `count` values of i by `lanes` lanes, whole vectors: hands each vector to `each(i, lane, sum)`.
+#[inline(always)]
+pub(crate) fn product<V: Vector, const MR: usize, const NR: usize>(
+    x: Lanes<'_>,
+    b: Broadcast<'_>,
+    [count, lanes, terms]: [usize; 3],
+    each: &mut impl FnMut(usize, usize, V),
+) {
+    let mut lane = 0;
+    while lane < lanes {
+        let x = Lanes { data: &x.data[lane..], ..x };
+        if lane + MR * V::LANES <= lanes {
+            columns::<V, MR, NR>(x, b, count, terms, &mut |i, j, sum| each(i, lane + j, sum));
+            lane += MR * V::LANES;
+        } else {
+            columns::<V, 1, NR>(x, b, count, terms, &mut |i, j, sum| each(i, lane + j, sum));
+            lane += V::LANES;
+        }
+    }
+}
+
+/// All values of i for `MR` vectors.
+#[inline(always)]
+fn columns<V: Vector, const MR: usize, const NR: usize>(
+    x: Lanes<'_>,
+    b: Broadcast<'_>,
+    count: usize,
+    terms: usize,
+    each: &mut impl FnMut(usize, usize, V),
+) {
+    let mut i = 0;
+    while i + NR <= count {
+        block::<V, MR, NR>(x, b.skip(i), terms, &mut |r, j, sum| each(i + r, j, sum));
+        i += NR;
+    }
+    while i < count {
+        block::<V, MR, 1>(x, b.skip(i), terms, &mut |r, j, sum| each(i + r, j, sum));
+        i += 1;
+    }
+}
+
+#[inline(always)]
+fn block<V: Vector, const MR: usize, const NR: usize>(
+    x: Lanes<'_>,
+    b: Broadcast<'_>,
+    terms: usize,
+    each: &mut impl FnMut(usize, usize, V),
+) {
+    let sums = chained::<V, MR, NR>(x, b, terms);
+    for (i, sums) in sums.into_iter().enumerate() {
+        for (j, sum) in sums.into_iter().enumerate() {
+            each(i, j * V::LANES, sum);
+        }
+    }
 }

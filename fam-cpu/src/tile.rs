@@ -48,12 +48,25 @@ impl Tile {
 pub(crate) fn worker_share(spec: &Spec) -> usize {
     let tile = Tile::of(spec.shape());
     let sizes = spec.ops().iter().map(|op| match op {
-        Op::Attend => crate::attend::scratch(spec.shape(), tile).iter().map(|&n| rounded(n)).sum(),
-        Op::InfiniRead => crate::infini_read::scratch(tile).iter().map(|&n| rounded(n)).sum(),
-        Op::InfiniWrite => crate::infini_write::scratch(tile).iter().map(|&n| rounded(n)).sum(),
+        Op::Attend => total(crate::attend::scratch(spec.shape(), tile)),
+        Op::InfiniRead => total(crate::infini_read::scratch(tile)),
+        Op::InfiniWrite => total(crate::infini_write::scratch(tile)),
+        Op::AttendBackward => total(crate::attend_backward::scratch(tile)),
+        Op::InfiniReadBackward | Op::InfiniWriteBackward => total(crate::infini_backward::scratch(tile)),
         _ => 0,
     });
     sizes.max().unwrap_or(0)
+}
+
+/// Elements of scratch memory that all tasks of an op share, for any op of the plan: each stream's part of a gradient per head.
+pub(crate) fn shared(spec: &Spec) -> usize {
+    let sums_streams = [Op::AttendBackward, Op::InfiniReadBackward].iter().any(|op| spec.ops().contains(op));
+    if sums_streams { spec.batch() * spec.shape().heads() } else { 0 }
+}
+
+/// Elements of buffers of `sizes`.
+fn total<const N: usize>(sizes: [usize; N]) -> usize {
+    sizes.into_iter().map(rounded).sum()
 }
 
 /// A buffer's size rounded up to whole cache lines.

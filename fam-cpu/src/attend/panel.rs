@@ -11,31 +11,8 @@ use crate::product::{All, Lanes, Within, accumulate, zero};
 use crate::softmax;
 use crate::tile::{CHAIN, MAX_MR};
 use crate::vector::{Body, Vector};
+use crate::walk::Seen;
 use fam_core::mutate;
-use std::ops::Range;
-
-/// The keys of a tile that a vector of rows sees.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Seen {
-    /// Those that some of its rows see.
-    any: Range<usize>,
-    /// Those that all of its rows see: a part of `any`.
-    all: Range<usize>,
-}
-
-impl Seen {
-    /// From the keys that the first and the last row see: neither end of a row's range lies before that of an earlier row.
-    pub fn new(first: Range<usize>, last: Range<usize>) -> Self {
-        let (any, all) = (first.start..last.end, last.start..first.end);
-        // With none that all see, those before and after them are all of `any`.
-        Seen { all: if all.is_empty() { any.end..any.end } else { all }, any }
-    }
-
-    /// Whether some rows see keys that others do not.
-    pub fn is_mixed(&self) -> bool {
-        self.any != self.all
-    }
-}
 
 /// See the file's head. Buffers are of one panel, `[..][W]`.
 pub(super) struct PanelOverTile<'a> {

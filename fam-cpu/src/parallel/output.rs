@@ -19,6 +19,11 @@ pub(crate) enum Owner {
         /// Number of the first tile.
         first: usize,
     },
+    /// A call tensor, indexed by stream: all blocks and rows of the stream, in the heads of the task's group.
+    Stream {
+        /// Heads in a group.
+        heads: usize,
+    },
     /// A cached tensor, indexed by slot: all blocks and rows of the stream's slot, in the task's kv head.
     Slot,
 }
@@ -30,6 +35,7 @@ impl Owner {
                 let tile = row / rows;
                 batch == task.n && head / heads == task.group && tile < tiles && first + block * tiles + tile == task.tile
             }
+            Owner::Stream { heads } => batch == task.n && head / heads == task.group && task.tiles == 1,
             Owner::Slot => task.slot == Some(batch) && head == task.group && task.tiles == 1,
         }
     }

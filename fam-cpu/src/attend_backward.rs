@@ -1,0 +1,299 @@
+//! Gradients of `attend` (contract section 8); the formulas stand at [`AttendBackward`].
+//!
+//! A task is one stream and one kv head: all rows that see its keys, so that no other task adds to their gradients, in an order that depends on
+//! the stream alone. It walks the keys of each tile of rows as the forward pass does, and makes the logits again from q, k and lse; no
+//! matrix of scores leaves L1. In the order of a panel of rows over a tile of keys:
+//!
+//! ```text
+//! Pᵀ  = exp(K·Qᵀ·scale − lse)        dSᵀ = Pᵀ ∘ (V·dOᵀ − δ), δ = d_o·o − d_lse        a lane is a row
+//! dQᵀ += Kᵀ·dSᵀ                                                                       a lane is a row
+//! dV  += Pᵀ·dO                       dK  += dSᵀ·Q                                     a lane is a channel
+//! ```
+
+mod panel;
+
+use crate::CpuPlan;
+use crate::infini_backward::{dot, per_stream, sum_streams};
+use crate::memory::{Cache, Floats, Input};
+use crate::pack::{self, Convert, Rows, with_element};
+use crate::parallel::output::{Output, Owner};
+use crate::parallel::{Grid, Par, Phase, Task, run_phase, shared};
+use crate::span::SpanSource;
+use crate::tile::{self, BLOCK_N, MAX_WIDTH, Tile, carve};
+use crate::vector::{Body, Vector};
+use crate::walk::{KeyTile, Piece, walk};
+use fam_core::{AttendBackward, KeyGradients, Keys, Plan, Result, RowsBackward, Shape, View, ViewMut, mutate};
+use panel::PanelBackward;
+
+/// Sizes of a worker's buffers, in the order of [`Buffers`].
+pub(crate) fn scratch(tile: Tile) -> [usize; 13] {
+    let Tile { rows, dp, .. } = tile;
+    let (of_rows, of_keys, logits) = (rows * dp, BLOCK_N * dp, BLOCK_N * MAX_WIDTH);
+    [
+        of_rows,
+        of_rows,
+        of_rows,
+        of_rows,
+        of_rows,
+        of_keys,
+        of_keys,
+        of_keys,
+        of_keys,
+        2 * logits,
+        pack::stage(dp),
+        2 * rows,
+        2 * MAX_WIDTH,
+    ]
+}
+
+/// A worker's buffers; for the forms of panels and tiles see [`pack`].
+struct Buffers<'s> {
+    /// Panels of q, with the sign of the scale, of d_o, and of the gradient of q over the scale.
+    q: &'s mut [f32],
+    d_o: &'s mut [f32],
+    d_q: &'s mut [f32],
+    /// Rows of q and of d_o.
+    q_rows: &'s mut [f32],
+    d_o_rows: &'s mut [f32],
+    /// A tile of keys and of values, and what the rows add to their gradients.
+    k: &'s mut [f32],
+    v: &'s mut [f32],
+    d_k: &'s mut [f32],
+    d_v: &'s mut [f32],
+    /// P and dS of a panel over the tile: `[BLOCK_N][W]` each.
+    p: &'s mut [f32],
+    /// For transposing.
+    stage: &'s mut [f32],
+    /// lse of all rows, then their δ.
+    states: &'s mut [f32],
+    /// What the rows of a panel see, if not all the same.
+    ranges: &'s mut [f32],
+}
+
+/// [`fam_core::Backend::attend_backward`].
+pub(crate) fn attend_backward(plan: &CpuPlan, par: &Par<'_>, args: AttendBackward<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
+    args.validate(plan, scratch)?;
+    with_element!(plan, T => typed::<T>(plan, par, args, scratch))
+}
+
+fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: AttendBackward<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
+    let spec = plan.spec();
+    let shape = spec.shape();
+    let keys = Keys::Strided { k: args.k, v: args.v };
+    let spans = SpanSource::new(args.spans, spec, Some(&keys), args.mem.is_some());
+    let (parts, scratch) = shared(scratch, tile::shared(spec));
+    let layout = per_stream(spans.batch(), shape);
+    let owner = Owner::Stream { heads: shape.group() };
+    let kernel = Kernel {
+        shape,
+        tile: plan.tile,
+        rows: args.rows.map(|rows| RowGroup::<T>::new(rows, owner)),
+        mem_rows: args.mem_rows.map(|rows| RowGroup::new(rows, owner)),
+        keys: Cache::<T>::tokens(&keys, spec)?,
+        mem: args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)),
+        sink: args.sink.as_ref().map(Input::new),
+        d_keys: args.d_keys.map(KeyOutputs::new),
+        d_mem: args.d_mem.map(KeyOutputs::new),
+        d_sink: Output::new(ViewMut::new(&mut *parts, layout), owner),
+    };
+    let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles: 1, spans: Some(spans), writes_slots: true };
+    run_phase(par, Phase { number: 0, of: 2 }, &grid, scratch, plan.share, &|task, scratch| {
+        plan.isa.run(StreamOfRows { kernel: &kernel, task, scratch });
+    })?;
+    sum_streams(par, scratch, shape, View::new(parts, layout), args.d_sink)
+}
+
+/// What all tasks share.
+struct Kernel<'a, T> {
+    shape: &'a Shape,
+    tile: Tile,
+    rows: Option<RowGroup<'a, T>>,
+    mem_rows: Option<RowGroup<'a, T>>,
+    keys: Cache<'a, T>,
+    mem: Option<Cache<'a, T>>,
+    sink: Option<Input<'a, f32>>,
+    d_keys: Option<KeyOutputs<'a>>,
+    d_mem: Option<KeyOutputs<'a>>,
+    /// The stream's part.
+    d_sink: Output<'a>,
+}
+
+/// Block rows or memory rows.
+struct RowGroup<'a, T> {
+    q: Input<'a, T>,
+    o: Floats<'a>,
+    lse: Input<'a, f32>,
+    d_o: Floats<'a>,
+    d_lse: Option<Input<'a, f32>>,
+    d_q: Output<'a>,
+}
+
+impl<'a, T: Convert> RowGroup<'a, T> {
+    fn new(rows: RowsBackward<'a, [u8]>, owner: Owner) -> Self {
+        RowGroup {
+            q: Input::new(&rows.q),
+            o: Floats::new(&rows.o),
+            lse: Input::new(&rows.lse),
+            d_o: Floats::new(&rows.d_o),
+            d_lse: rows.d_lse.as_ref().map(Input::new),
+            d_q: Output::new(rows.d_q, owner),
+        }
+    }
+}
+
+/// Gradients of cached keys and values, which the task that owns the slot adds to.
+struct KeyOutputs<'a> {
+    d_k: Output<'a>,
+    d_v: Output<'a>,
+}
+
+impl<'a> KeyOutputs<'a> {
+    fn new(gradients: KeyGradients<'a, [u8]>) -> Self {
+        KeyOutputs { d_k: Output::new(gradients.d_k, Owner::Slot), d_v: Output::new(gradients.d_v, Owner::Slot) }
+    }
+}
+
+/// A task on its worker.
+struct StreamOfRows<'a, 's, T> {
+    kernel: &'a Kernel<'a, T>,
+    task: &'s mut Task,
+    scratch: &'s mut [f32],
+}
+
+impl<T: Convert> Body for StreamOfRows<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let StreamOfRows { kernel, task, scratch } = self;
+        let (shape, tile) = (kernel.shape, kernel.tile);
+        let [q, d_o, d_q, q_rows, d_o_rows, k, v, d_k, d_v, p, stage, states, ranges] = carve(scratch, self::scratch(tile));
+        let mut b = Buffers { q, d_o, d_q, q_rows, d_o_rows, k, v, d_k, d_v, p, stage, states, ranges };
+        let (span, group) = (task.span(), shape.group());
+        for head in task.group() * group..(task.group() + 1) * group {
+            kernel.d_sink.write(task, [task.n(), 0, 0, head], &[0.0]);
+        }
+        for i in 0..span.blocks(shape.block_len()) {
+            let block_len = shape.block_len() as u64;
+            let block = (span.start / block_len + i as u64) * block_len;
+            if let Some(rows) = &kernel.rows {
+                let in_block =
+                    (block.max(span.start) - span.start) as usize..((block + block_len).min(span.end()) - span.start) as usize;
+                for first in in_block.clone().step_by(tile.tokens) {
+                    let tokens = tile.tokens.min(in_block.end - first);
+                    kernel.piece::<V>(task, &Piece { span, i, block, first, tokens, is_memory: false }, rows, &mut b);
+                }
+            }
+            if let Some(rows) = &kernel.mem_rows {
+                for first in (0..shape.mem_len()).step_by(tile.tokens) {
+                    let tokens = tile.tokens.min(shape.mem_len() - first);
+                    kernel.piece::<V>(task, &Piece { span, i, block, first, tokens, is_memory: true }, rows, &mut b);
+                }
+            }
+        }
+    }
+}
+
+impl<T: Convert> Kernel<'_, T> {
+    #[inline(always)]
+    fn piece<V: Vector>(&self, task: &mut Task, piece: &Piece, rows: &RowGroup<'_, T>, b: &mut Buffers<'_>) {
+        let (shape, dp, width) = (self.shape, self.tile.dp, V::MR * V::LANES);
+        let (n, kv_head, group, d) = (task.n(), task.group(), shape.group(), shape.head_dim());
+        let count = piece.tokens * group;
+        let at = |r: usize| {
+            let (row, head) = (piece.first + r / group, kv_head * group + r % group);
+            [n, if piece.is_memory { piece.i } else { 0 }, row, head]
+        };
+
+        // 1. Rows, and δ of each.
+        let (lse, delta) = b.states.split_at_mut(self.tile.rows);
+        // Absent rows of a panel weigh nothing.
+        lse.fill(f32::INFINITY);
+        delta.fill(0.0);
+        for r in 0..count {
+            let (row, at) = (r * dp..(r + 1) * dp, at(r));
+            // o is not needed after this: its place is that of q.
+            let (o, d_o) = (&mut b.q_rows[row.clone()], &mut b.d_o_rows[row]);
+            rows.o.pack(at, o);
+            rows.d_o.pack(at, d_o);
+            let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.row(at)[0]);
+            delta[r] = mutate!("backward-delta", dot(d_o, o), 0.0) - mutate!("backward-d-lse", d_lse, 0.0);
+            pack::row(rows.q.row(at), o);
+            // A row without keys, or with none of any weight, passes nothing on.
+            let saved = rows.lse.row(at)[0];
+            if saved > f32::NEG_INFINITY || saved.is_nan() {
+                lse[r] = saved;
+                if let Some(sink) = &self.sink {
+                    let of_sink = (sink.row([0, 0, 0, at[3]])[0] - saved).exp();
+                    self.d_sink.row::<f32>(task, [n, 0, 0, at[3]])[0] -= of_sink * delta[r];
+                }
+            }
+        }
+        let panels = b.q.chunks_exact_mut(dp * width).zip(b.d_o.chunks_exact_mut(dp * width));
+        for ((q, d_o), first) in panels.zip((0..count).step_by(width)) {
+            let count = width.min(count - first);
+            let row = |r: usize| (first + r) * dp..(first + r) * dp + d;
+            pack::panel::<V, f32>(|r| &b.q_rows[row(r)], count, 1.0, b.stage, q);
+            pack::panel::<V, f32>(|r| &b.d_o_rows[row(r)], count, 1.0, b.stage, d_o);
+        }
+        b.d_q[..count.next_multiple_of(width) * dp].fill(0.0);
+
+        // 2. All keys.
+        walk(shape, &self.keys, self.mem.as_ref(), piece, kv_head, |tile| self.keys::<V>(task, piece, tile, b));
+
+        // 3. What is left of the rows.
+        let scale = mutate!("backward-scale-q", shape.scale(), 1.0);
+        for first in (0..count).step_by(width) {
+            let panel = &mut b.d_q[first * dp..][..width * dp];
+            panel.iter_mut().for_each(|x| *x *= scale);
+            pack::unpack::<V>(panel, width.min(count - first), b.stage, |r, row| rows.d_q.write(task, at(first + r), &row[..d]));
+        }
+    }
+
+    /// A tile of keys, for all rows of a piece.
+    #[inline(always)]
+    fn keys<V: Vector>(&self, task: &mut Task, piece: &Piece, tile: &KeyTile<'_, T>, b: &mut Buffers<'_>) {
+        let (d, dp, width) = (self.shape.head_dim(), self.tile.dp, V::MR * V::LANES);
+        let count = piece.tokens * self.shape.group();
+        let (k_rows, v_rows) = &tile.rows;
+        let size = tile.range.end - tile.range.start;
+        let (k, v) = (Rows::of(k_rows, tile.range.clone(), dp, b.k), Rows::of(v_rows, tile.range.clone(), dp, b.v));
+        let (d_k, d_v) = (&mut b.d_k[..size as usize * dp], &mut b.d_v[..size as usize * dp]);
+        d_k.fill(0.0);
+        d_v.fill(0.0);
+        let (lse, delta) = b.states.split_at(self.tile.rows);
+        for first in (0..count).step_by(width) {
+            let seen = tile.seen::<V>(first..count.min(first + width), b.ranges);
+            let (panel, row) = (first * dp..(first + width) * dp, first * dp..count.min(first + width) * dp);
+            V::run(PanelBackward {
+                q: &b.q[panel.clone()],
+                d_o: &b.d_o[panel.clone()],
+                q_rows: &b.q_rows[row.clone()],
+                d_o_rows: &b.d_o_rows[row],
+                k,
+                v,
+                d,
+                dp,
+                scale: self.shape.scale(),
+                lse: &lse[first..][..width],
+                delta: &delta[first..][..width],
+                seen,
+                ranges: b.ranges.split_at(MAX_WIDTH).into(),
+                p: &mut *b.p,
+                d_q: &mut b.d_q[panel],
+                d_k: &mut *d_k,
+                d_v: &mut *d_v,
+            });
+        }
+        let to = if tile.is_memory { &self.d_mem } else { &self.d_keys };
+        let to = mutate!("backward-mem-from-rows", to.as_ref(), to.as_ref().filter(|_| !tile.is_memory || !piece.is_memory));
+        let Some(to) = to.filter(|_| task.owns_slot()) else { return };
+        let scale = mutate!("backward-scale-k", self.shape.scale(), 1.0);
+        for ((index, d_k), d_v) in tile.range.clone().zip(d_k.chunks_exact(dp)).zip(d_v.chunks_exact(dp)) {
+            let at = [tile.at[0], tile.at[1], index as usize, tile.at[2]];
+            let (to_k, to_v) = (&to.d_k, &to.d_v);
+            to_k.row::<f32>(task, at).iter_mut().zip(d_k).for_each(|(to, x)| *to += scale * x);
+            to_v.row::<f32>(task, at).iter_mut().zip(d_v).for_each(|(to, x)| *to += x);
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! Gradients of a merge (contract section 8).
+//!
+//! ```text
+//! p_x = w_x / (w_a + w_b)        d_o_x = p_x d_o        d_lse_a = p_a (p_b d_o·(o_a − o_b) + d_lse)
+//! ```
+//!
+//! o_a − o is p_b (o_a − o_b), so that the o of the union is not needed.
+
+use crate::CpuPlan;
+use crate::memory::{Floats, Input};
+use crate::merge::{Part, ROWS};
+use crate::parallel::output::{Output, Owner};
+use crate::parallel::{Grid, Par, run};
+use crate::softmax::Softmax;
+use crate::tile::MAX_HEAD_DIM;
+use fam_core::{MergeBackward, Result, mutate};
+
+/// [`fam_core::Backend::merge_backward`].
+pub(crate) fn merge_backward(plan: &CpuPlan, par: &Par<'_>, args: MergeBackward<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
+    args.validate(plan, scratch)?;
+    let [batch, blocks, rows, heads, d] = args.d_o.layout.shape;
+    let tiles = rows.div_ceil(ROWS);
+    let owner = Owner::Tile { heads: 1, rows: ROWS, tiles, first: 0 };
+    let parts = [Part::new(&args.a), Part::new(&args.b)];
+    let (d_o, d_lse) = (Floats::new(&args.d_o), args.d_lse.as_ref().map(Input::<f32>::new));
+    let gradients = [args.d_a, args.d_b].map(|part| (Output::new(part.d_o, owner), Output::new(part.d_lse, owner)));
+    let grid = Grid { streams: batch, groups: heads, tiles: blocks.saturating_mul(tiles), spans: None, writes_slots: false };
+    run(par, &grid, scratch, 0, &|task, _| {
+        let (block, first) = (task.tile() / tiles, task.tile() % tiles * ROWS);
+        for row in first..(first + ROWS).min(rows) {
+            let at = [task.n(), block, row, task.group()];
+            let [a, b] = [0, 1].map(|i| Softmax::one(parts[i].lse.row(at)[0]));
+            let (union, weights) = a.merge(b);
+            // Two empty parts have no sum to be shares of.
+            let p = weights.map(|w| if w == 0.0 { 0.0 } else { w / union.row_sum });
+            let [mut upstream, mut o] = [[0.0; MAX_HEAD_DIM]; 2];
+            d_o.pack(at, &mut upstream[..d]);
+            let upstream = &mut upstream[..d];
+            // d_o·o of each part. One of weight 0 may hold NaN, and passes nothing on.
+            let dots = [0, 1].map(|i| {
+                if p[i] == 0.0 {
+                    return 0.0;
+                }
+                parts[i].o.pack(at, &mut o[..d]);
+                upstream.iter().zip(&o[..d]).fold(0.0, |sum, (d_o, o)| sum + d_o * o)
+            });
+            let d_lse = d_lse.as_ref().map_or(0.0, |d_lse| d_lse.row(at)[0]);
+            for (i, (d_o_of_part, d_lse_of_part)) in gradients.iter().enumerate() {
+                let between = mutate!("merge-backward-other", p[1 - i], 1.0) * (dots[i] - dots[1 - i]);
+                let through_lse = mutate!("merge-backward-lse", d_lse, 0.0);
+                d_lse_of_part.write(task, at, &[if p[i] == 0.0 { 0.0 } else { p[i] * (between + through_lse) }]);
+                // An empty part gets +0, whatever the sign of d_o.
+                o[..d].iter_mut().zip(&*upstream).for_each(|(o, d_o)| *o = if p[i] == 0.0 { 0.0 } else { p[i] * d_o });
+                d_o_of_part.write(task, at, &o[..d]);
+            }
+        }
+    })
+}

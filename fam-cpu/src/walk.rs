@@ -1,0 +1,179 @@
+//! Which rows of a call see which keys, tile by tile: the order of keys that `attend` and its backward pass have in common.
+//!
+//! A piece of rows that lie in one block walks its keys in the order
+//!
+//! ```text
+//! window, oldest first  |  memory rows  |  current block
+//! ```
+//!
+//! in tiles of `BLOCK_N` keys. Window tiles are counted back from the block's start, those of the current block forward from it. So which
+//! keys share a tile depends on their distance to the row's block alone: a row's arithmetic is the same in a step, a prefill and a
+//! decode, in any batch, slot, cache or tile of rows, and so are its bits.
+
+use crate::memory::{Cache, HeadRows};
+use crate::tile::{BLOCK_N, MAX_MR, MAX_WIDTH};
+use crate::vector::Vector;
+use fam_core::{Element, Shape, Span, mutate};
+use std::ops::Range;
+
+/// Rows of one tile in one block. Row `r` is query head `r mod group` of the group, of token (or memory row) `first + r / group`.
+pub(crate) struct Piece {
+    pub span: Span,
+    /// Block of the call.
+    pub i: usize,
+    /// Position of the block's first token.
+    pub block: u64,
+    /// First token, counted from the call's first; or first memory row.
+    pub first: usize,
+    pub tokens: usize,
+    pub is_memory: bool,
+}
+
+impl Piece {
+    /// Keys of window and current block that token `t` of the piece sees, counted from the block's start.
+    fn visible(&self, t: usize, shape: &Shape) -> Range<i64> {
+        let from_block = |position: u64| position.wrapping_sub(self.block).cast_signed();
+        let (span, block_len) = (&self.span, shape.block_len());
+        if self.is_memory {
+            let keys = span.block_keys(self.i, block_len);
+            let (first, end) = (from_block(keys.start), from_block(keys.end));
+            let first = mutate!("attend-mem-rows-window", first, first.min(from_block(span.window_first(self.block, shape))));
+            return first..mutate!("attend-mem-rows-causal", end, end.min((self.first + t) as i64 + 1));
+        }
+        let position = span.start + (self.first + t) as u64;
+        let first = from_block(span.window_first(position, shape));
+        let end = from_block(position + 1);
+        let first = mutate!("attend-window-block", first, (first + block_len as i64).min(first.max(0)));
+        let first = mutate!(
+            "attend-window-tokens",
+            first,
+            match shape.window() {
+                fam_core::Window::Blocks(m) => first.max(end - 1 - (m * block_len) as i64),
+                _ => first,
+            }
+        );
+        let first = mutate!(
+            "attend-token-window",
+            first,
+            if shape.window() == fam_core::Window::Tokens(1) { first } else { (first + 1).min(end - 1) }
+        );
+        first..mutate!("attend-dropped-key", end, (first + 1).max(end - 1))
+    }
+}
+
+/// Keys and values that share a tile, and are seen by some row of a piece.
+pub(crate) struct KeyTile<'a, T> {
+    /// The head's rows of the cache.
+    pub rows: (HeadRows<'a, T>, HeadRows<'a, T>),
+    /// Numbers of the tile's rows in the cache: from the first that some row sees to the last.
+    pub range: Range<u64>,
+    /// Slot, entry and head in the cache.
+    pub at: [usize; 3],
+    /// Whether they are memory rows.
+    pub is_memory: bool,
+    /// Memory keys that all rows see, or what `piece` says; and the first key of the tile on that scale.
+    memory: Option<Range<i64>>,
+    first: i64,
+    piece: &'a Piece,
+    shape: &'a Shape,
+}
+
+impl<T> KeyTile<'_, T> {
+    /// Keys of the tile that token `t` of the piece sees.
+    fn visible(&self, t: usize) -> Range<usize> {
+        let keys = self.memory.clone().unwrap_or_else(|| self.piece.visible(t, self.shape));
+        let count = (self.range.end - self.range.start) as i64;
+        let in_tile = |key: i64| (key - self.first).clamp(0, count) as usize;
+        in_tile(keys.start)..in_tile(keys.end)
+    }
+
+    /// What the vectors of a panel of `rows` see. Where that is mixed, `ranges` gets each row's first key, and behind `MAX_WIDTH` the one
+    /// after its last.
+    #[inline(always)]
+    pub fn seen<V: Vector>(&self, rows: Range<usize>, ranges: &mut [f32]) -> [Seen; MAX_MR] {
+        let group = self.shape.group();
+        let mut of_vectors: [Seen; MAX_MR] = Default::default();
+        for (of_vector, r) in of_vectors.iter_mut().zip(rows.clone().step_by(V::LANES)) {
+            let last = rows.end.min(r + V::LANES) - 1;
+            *of_vector = Seen::new(self.visible(r / group), self.visible(last / group));
+            if of_vector.is_mixed() {
+                for lane in 0..V::LANES {
+                    let (keys, at) = (self.visible(last.min(r + lane) / group), r - rows.start + lane);
+                    (ranges[at], ranges[MAX_WIDTH + at]) = (keys.start as f32, keys.end as f32);
+                }
+            }
+        }
+        of_vectors
+    }
+}
+
+/// The keys of a tile that a vector of rows sees.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Seen {
+    /// Those that some of its rows see.
+    pub any: Range<usize>,
+    /// Those that all of its rows see: a part of `any`.
+    pub all: Range<usize>,
+}
+
+impl Seen {
+    /// From the keys that the first and the last row see: neither end of a row's range lies before that of an earlier row.
+    fn new(first: Range<usize>, last: Range<usize>) -> Self {
+        let (any, all) = (first.start..last.end, last.start..first.end);
+        // With none that all see, those before and after them are all of `any`.
+        Seen { all: if all.is_empty() { any.end..any.end } else { all }, any }
+    }
+
+    /// Whether some rows see keys that others do not.
+    pub fn is_mixed(&self) -> bool {
+        self.any != self.all
+    }
+}
+
+/// Calls `each` for every tile of keys that some row of the piece sees, in order. Keys that none sees are in no tile.
+#[inline(always)]
+pub(crate) fn walk<T: Element>(
+    shape: &Shape,
+    keys: &Cache<'_, T>,
+    mem: Option<&Cache<'_, T>>,
+    piece: &Piece,
+    kv_head: usize,
+    mut each: impl FnMut(&KeyTile<'_, T>),
+) {
+    let span = &piece.span;
+    let kv_head = mutate!("attend-gqa", kv_head, kv_head * shape.group() % shape.kv_heads());
+    let (first, end) = (piece.visible(0, shape).start, piece.visible(piece.tokens - 1, shape).end);
+    let slot = mutate!("attend-slot", span.slot as usize, 0);
+    let origin = mutate!("attend-origin", span.origin, if keys.is_ring() { 0 } else { span.origin });
+    // Number of the row of the block's first key. Arithmetic with it wraps, since a block may begin before the origin.
+    let (tokens, block) = ((keys, [slot, 0, kv_head]), piece.block.wrapping_sub(origin));
+    let memory = mem.map(|mem| {
+        let count = mutate!("attend-mem-rows-all", span.mem_rows as usize, mem.rows_per_entry().min(shape.mem_len())) as i64;
+        let count = mutate!("attend-mem-rows-short", count, (count - 1).max(0));
+        let i = mutate!("attend-next-memory", piece.i, piece.i + 1);
+        let entry = (u64::from(span.mem_entry) + i as u64) % mem.entries() as u64;
+        ((mem, [slot, entry as usize, kv_head]), 0..count)
+    });
+
+    let step = BLOCK_N as i64;
+    let window = -(-first.min(0) as u64).next_multiple_of(BLOCK_N as u64).cast_signed()..end.min(0);
+    let own = first.max(0) / step * step..mutate!("attend-partial-tile", end, if end > step { end / step * step } else { end });
+    let mem = memory.iter().map(|(cache, keys)| (cache, 0, keys.clone(), Some(keys)));
+    for ((cache, at), row, keys, memory) in
+        [(&tokens, block, window, None)].into_iter().chain(mem).chain([(&tokens, block, own, None)])
+    {
+        let rows = cache.rows(*at);
+        let mut x = keys.start;
+        while x < keys.end {
+            // From the first key of the tile that some row sees to the last.
+            let seen = |t: usize| memory.cloned().unwrap_or_else(|| piece.visible(t, shape));
+            let (from, until) = (seen(0).start.max(x), seen(piece.tokens - 1).end.min(x + step));
+            if from < until {
+                let number = |x: i64| row.wrapping_add(x.cast_unsigned());
+                let (range, memory) = (number(from)..number(until), memory.cloned());
+                each(&KeyTile { rows, range, at: *at, is_memory: memory.is_some(), memory, first: from, piece, shape });
+            }
+            x += step;
+        }
+    }
+}
