@@ -6,7 +6,7 @@ use crate::view::{self, Argument, Number, with_number};
 use crate::wrap;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use fam::cpu::{Cpu, CpuPlan};
-use fam::{Attend, Backend, Keys, Plan, Rows, Span, Spans, ViewMut};
+use fam::{Attend, Backend, Dtype, Keys, Plan, Rows, Span, Spans, ViewMut};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -48,13 +48,14 @@ impl fmt::Debug for Attention {
 }
 
 impl Attention {
-    /// For calls of at most `batch` streams and `rows` tokens a stream, which start at a block or stay inside one.
+    /// For calls of at most `batch` streams and `rows` tokens a stream, which start at a block or stay inside one, and their way back.
     ///
     /// # Errors
     /// Where the sizes pass a limit of fam.
     pub fn new(shape: &fam::Shape, batch: usize, rows: usize) -> Result<Self> {
         let cpu = Cpu::new().map_err(wrap)?.with_threads(rayon::current_num_threads());
-        let plan = shape.spec(batch, rows).build().and_then(|spec| cpu.plan(&spec)).map_err(wrap)?;
+        let spec = shape.spec(batch, rows).ops(&[fam::Op::Append, fam::Op::Attend, fam::Op::AttendBackward]).build();
+        let plan = spec.and_then(|spec| cpu.plan(&spec)).map_err(wrap)?;
         let scratch = Mutex::new(vec![0; plan.support().scratch_bytes as usize]);
         Ok(Attention { inner: Arc::new(Inner { cpu, plan, scratch }) })
     }
@@ -81,7 +82,8 @@ impl Attention {
 impl Attends for Attention {
     fn attend(&self, spans: &[Span], tokens: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Attended> {
         let packing = Packing::new(self.shape(), spans, tokens, [q, k, v])?;
-        let flat = q.apply_op3(k, v, Op { attention: self.clone(), spans: spans.to_vec(), packing })?;
+        let lse = Mutex::default();
+        let flat = q.apply_op3(k, v, Op { attention: self.clone(), spans: spans.to_vec(), packing, lse })?;
         let (heads, d) = (self.shape().heads(), self.shape().head_dim());
         let group = |first, rows| {
             let group = flat.narrow(0, first, packing.batch * rows * heads * d)?;
@@ -97,6 +99,8 @@ pub(crate) struct Op {
     pub attention: Attention,
     pub spans: Vec<Span>,
     pub packing: Packing,
+    /// What the way back needs beside the output: the log-sum-exp of all block rows, then of all memory rows.
+    pub lse: Mutex<Vec<f32>>,
 }
 
 impl Op {
@@ -108,22 +112,27 @@ impl Op {
         let (heads, d, dtype) = (shape.heads(), shape.head_dim(), shape.dtype());
         let mut out = vec![T::from_f64(0.0); batch * (tokens + blocks * mem_q) * heads * d];
         let (o, mem_o) = out.split_at_mut(batch * tokens * heads * d);
+        let mut saved = vec![f32::NEG_INFINITY; batch * (tokens + blocks * mem_q) * heads];
+        let (lse, mem_lse) = saved.split_at_mut(batch * tokens * heads);
 
         let linear = Keys::Strided { k: view::rows::<T>(k, 0, keys)?, v: view::rows::<T>(v, 0, keys)? };
         let mut args = Attend::new(Spans::Host(&self.spans), linear);
         if tokens > 0 {
             let o = ViewMut::tokens(o, [batch, tokens, heads, d]);
-            args = args.rows(Rows::new(view::rows::<T>(q, 0, tokens)?, o));
+            let lse = ViewMut::tokens(lse, [batch, tokens, heads, 1]);
+            args = args.rows(Rows::new(view::rows::<T>(q, 0, tokens)?, o).lse(lse));
         }
         if mem_q > 0 {
             let mem_o = ViewMut::of(mem_o, fam::Layout::packed(dtype, [batch, blocks, mem_q, heads, d]));
-            args = args.mem_rows(Rows::new(view::memory::<T>(q, tokens, blocks, mem_q)?, mem_o));
+            let mem_lse = ViewMut::of(mem_lse, fam::Layout::packed(Dtype::F32, [batch, blocks, mem_q, heads, 1]));
+            args = args.mem_rows(Rows::new(view::memory::<T>(q, tokens, blocks, mem_q)?, mem_o).lse(mem_lse));
         }
         if mem_k > 0 {
             args = args.mem(view::memory::<T>(k, keys, blocks, mem_k)?, view::memory::<T>(v, keys, blocks, mem_k)?);
         }
         let Inner { cpu, plan, .. } = &*self.attention.inner;
         self.attention.with_scratch(|scratch| cpu.attend(plan, &mut queue(), args, scratch)).map_err(wrap)?;
+        *self.lse.lock().unwrap_or_else(PoisonError::into_inner) = saved;
         let len = out.len();
         Ok((T::to_cpu_storage_owned(out), Shape::from(len)))
     }
@@ -152,10 +161,10 @@ impl CustomOp3 for Op {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        _out: &Tensor,
+        out: &Tensor,
         d_out: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [d_q, d_k, d_v] = self.backward([q, k, v], d_out)?;
+        let [d_q, d_k, d_v] = with_number!(self.attention.shape().dtype(), T, self.backward::<T>([q, k, v], out, d_out)?);
         Ok((Some(d_q), Some(d_k), Some(d_v)))
     }
 }

@@ -1,81 +1,77 @@
-//! The way back through `attend`: the reference's, in f64.
+//! The way back through `attend`.
 
 use crate::attention::Op;
 use crate::pack::Packing;
+use crate::threads::queue;
+use crate::view::{self, Number};
 use crate::wrap;
-use candle_core::{DType, Device, Result, Tensor};
-use fam_ref::{Array, AttendUpstream};
+use candle_core::{DType, Device, Result, Storage, Tensor, bail};
+use fam::{AttendBackward, Backend, Dtype, Layout, RowsBackward, Spans, View, ViewMut};
+use std::sync::PoisonError;
 
 impl Op {
-    /// Gradients of q, k and v, packed and typed as they are, from the gradient of the flat output of [`Op::forward`].
-    pub fn backward(&self, [q, k, v]: [&Tensor; 3], d_out: &Tensor) -> Result<[Tensor; 3]> {
+    /// Gradients of q, k and v, packed and typed as they are, from the flat output of [`Op::forward`] and its gradient.
+    pub fn backward<T: Number>(&self, [q, k, v]: [&Tensor; 3], out: &Tensor, d_out: &Tensor) -> Result<[Tensor; 3]> {
         let Packing { batch, tokens, blocks, mem_q, keys, mem_k } = self.packing;
-        let shape = *self.attention.shape();
-        let (heads, d) = (shape.heads(), shape.head_dim());
+        let shape = self.attention.shape();
+        let (heads, kv_heads, d, dtype) = (shape.heads(), shape.kv_heads(), shape.head_dim(), shape.dtype());
+        // Block rows, then memory rows, as the forward pass returned them; and the same of keys.
+        let rows = [[batch, 1, tokens, heads, d], [batch, blocks, mem_q, heads, d]];
+        let kv = [[batch, 1, keys, kv_heads, d], [batch, blocks, mem_k, kv_heads, d]];
 
-        // 1. The arguments as the reference takes them.
-        let (q_rows, mem_q_rows) = (token_rows(q, tokens)?, memory_rows(q, tokens, blocks, mem_q)?);
-        let (k_rows, mem_k_rows) = (token_rows(k, keys)?, memory_rows(k, keys, blocks, mem_k)?);
-        let (v_rows, mem_v_rows) = (token_rows(v, keys)?, memory_rows(v, keys, blocks, mem_k)?);
-        let args = fam_ref::Attend {
-            shape: &shape,
-            spans: &self.spans,
-            q: (tokens > 0).then_some(&q_rows),
-            mem_q: (mem_q > 0).then_some(&mem_q_rows),
-            k: &k_rows,
-            v: &v_rows,
-            mem_k: (mem_k > 0).then_some(&mem_k_rows),
-            mem_v: (mem_k > 0).then_some(&mem_v_rows),
-            sink: None,
-        };
-        let mut d_o = d_out.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-        let d_mem_o = Array { shape: [batch, blocks, mem_q, heads, d], data: d_o.split_off(batch * tokens * heads * d) };
-        let d_o = Array { shape: [batch, 1, tokens, heads, d], data: d_o };
+        // 1. Where everything lies.
+        let stored = [q, k, v].map(Tensor::storage_and_layout);
+        let [q_of, k_of, v_of] = stored.each_ref().map(|(storage, layout)| match &**storage {
+            Storage::Cpu(storage) => Ok((storage, *layout)),
+            _ => bail!("expected a tensor on the CPU"),
+        });
+        let (q_of, k_of, v_of) = (q_of?, k_of?, v_of?);
+        let [o, d_o] = [out, d_out].map(|x| x.flatten_all()?.to_vec1::<T>());
+        let (o, d_o) = (o?, d_o?);
+        let lse = self.lse.lock().unwrap_or_else(PoisonError::into_inner);
+        let split = batch * tokens * heads;
+        let (o, d_o, lse) = (o.split_at(split * d), d_o.split_at(split * d), lse.split_at(split));
+        let [mut d_q, mut d_mem_q] = rows.map(|shape| vec![T::from_f64(0.0); shape.iter().product()]);
+        let [mut d_k, mut d_mem_k] = kv.map(|shape| vec![0f32; shape.iter().product()]);
+        let [mut d_v, mut d_mem_v] = kv.map(|shape| vec![0f32; shape.iter().product()]);
 
-        // 2. The reference.
-        let upstream = AttendUpstream {
-            d_o: (tokens > 0).then_some(&d_o),
-            d_mem_o: (mem_q > 0).then_some(&d_mem_o),
-            ..AttendUpstream::default()
-        };
-        let saved = fam_ref::attend(&args).map_err(wrap)?;
-        let grads = fam_ref::attend_backward(&args, &saved, &upstream).map_err(wrap)?;
+        // 2. The op.
+        let (k_rows, v_rows) = (view::rows::<T>(k_of, 0, keys)?, view::rows::<T>(v_of, 0, keys)?);
+        let wide = |shape| Layout::packed(dtype, shape);
+        let f32s = |shape| Layout::packed(Dtype::F32, shape);
+        let per_row = |[n, b, r, h, _]: [usize; 5]| f32s([n, b, r, h, 1]);
+        let mut args = AttendBackward::new(Spans::Host(&self.spans), k_rows, v_rows)
+            .d_keys(ViewMut::of(&mut d_k, f32s(kv[0])), ViewMut::of(&mut d_v, f32s(kv[0])));
+        if tokens > 0 {
+            let given = [o.0, d_o.0].map(|x| View::of(x, wide(rows[0])));
+            let (q, lse) = (view::rows::<T>(q_of, 0, tokens)?, View::of(lse.0, per_row(rows[0])));
+            args = args.rows(RowsBackward::new(q, given[0], lse, given[1], ViewMut::of(&mut d_q, wide(rows[0]))));
+        }
+        if mem_q > 0 {
+            let given = [o.1, d_o.1].map(|x| View::of(x, wide(rows[1])));
+            let (q, lse) = (view::memory::<T>(q_of, tokens, blocks, mem_q)?, View::of(lse.1, per_row(rows[1])));
+            args = args.mem_rows(RowsBackward::new(q, given[0], lse, given[1], ViewMut::of(&mut d_mem_q, wide(rows[1]))));
+        }
+        if mem_k > 0 {
+            args = args
+                .mem(view::memory::<T>(k_of, keys, blocks, mem_k)?, view::memory::<T>(v_of, keys, blocks, mem_k)?)
+                .d_mem(ViewMut::of(&mut d_mem_k, f32s(kv[1])), ViewMut::of(&mut d_mem_v, f32s(kv[1])));
+        }
+        let (cpu, plan) = (self.attention.cpu(), self.attention.plan());
+        self.attention.with_scratch(|scratch| cpu.attend_backward(plan, &mut queue(), args, scratch)).map_err(wrap)?;
 
         // 3. Rows of tokens and of memory side by side again.
-        let packed = |of: &Tensor, rows: Option<Array<4>>, memory: Option<Array<5>>| {
-            let mut groups = Vec::new();
-            if let Some(rows) = rows {
-                groups.push(Tensor::from_vec(rows.data, &rows.shape, &Device::Cpu)?.transpose(1, 2)?);
-            }
-            if let Some(memory) = memory {
-                let [n, blocks, rows, h, d] = memory.shape;
-                let memory = Tensor::from_vec(memory.data, &memory.shape, &Device::Cpu)?;
-                groups.push(memory.permute((0, 3, 1, 2, 4))?.reshape((n, h, blocks * rows, d))?);
-            }
-            Tensor::cat(&groups, 2)?.to_dtype(of.dtype())
-        };
-        Ok([
-            packed(q, grads.d_q, grads.d_mem_q)?,
-            packed(k, Some(grads.d_k), grads.d_mem_k)?,
-            packed(v, Some(grads.d_v), grads.d_mem_v)?,
-        ])
+        let rows = packed([(d_q, rows[0]), (d_mem_q, rows[1])])?;
+        let [d_k, d_v] = [(d_k, d_mem_k), (d_v, d_mem_v)].map(|(tokens, memory)| packed([(tokens, kv[0]), (memory, kv[1])]));
+        let dtype: DType = q.dtype();
+        Ok([rows, d_k?.to_dtype(dtype)?, d_v?.to_dtype(dtype)?])
     }
 }
 
-/// The first rows of a tensor (N, H, rows, D) as `[N, rows, H, D]`.
-fn token_rows(x: &Tensor, rows: usize) -> Result<Array<4>> {
-    let x = x.narrow(2, 0, rows)?.transpose(1, 2)?;
-    let (n, rows, h, d) = x.dims4()?;
-    Ok(Array { shape: [n, rows, h, d], data: elements(&x)? })
-}
-
-/// The rows of a tensor (N, H, rows, D) behind the first `first`, as `[N, blocks, rows, H, D]`.
-fn memory_rows(x: &Tensor, first: usize, blocks: usize, rows: usize) -> Result<Array<5>> {
-    let (n, h, _, d) = x.dims4()?;
-    let x = x.narrow(2, first, blocks * rows)?.reshape((n, h, blocks, rows, d))?.permute((0, 2, 3, 1, 4))?;
-    Ok(Array { shape: [n, blocks, rows, h, d], data: elements(&x)? })
-}
-
-fn elements(x: &Tensor) -> Result<Vec<f64>> {
-    x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+/// (N, H, rows, D) from two groups of rows `[N, blocks, rows, H, D]`.
+fn packed<T: candle_core::WithDType>(groups: [(Vec<T>, [usize; 5]); 2]) -> Result<Tensor> {
+    let groups = groups
+        .map(|(data, [n, blocks, rows, h, d])| Tensor::from_vec(data, (n, blocks * rows, h, d), &Device::Cpu)?.transpose(1, 2));
+    let [tokens, memory] = groups;
+    Tensor::cat(&[tokens?, memory?], 2)
 }
