@@ -96,5 +96,16 @@ fn main() {
             assert_eq!(ALLOCATIONS.load(SeqCst) - before, 0, "{par:?}, {spans:?}");
         }
     }
+
+    let mut gradients = common::gradients::Gradients::new(cpu);
+    let spans = common::gradients::spans();
+    for par in queues.into_iter().cycle().take(20) {
+        let device = Spans::Device { mem: bytemuck::cast_slice(&spans), batch: spans.len() };
+        for spans in [Spans::Host(&spans), device] {
+            let before = ALLOCATIONS.load(SeqCst);
+            Op::BACKWARD.into_iter().for_each(|op| gradients.run(op, par, spans));
+            assert_eq!(ALLOCATIONS.load(SeqCst) - before, 0, "backward, {par:?}, {spans:?}");
+        }
+    }
     println!("0 allocations in 40 rounds of all ops");
 }

@@ -1,6 +1,8 @@
 //! A stream of tokens, run through the ops in several ways.
 #![allow(dead_code)]
 
+pub mod gradients;
+
 use fam_core::{
     Append, Attend, Backend, Dtype, Element, Keys, Layout, Op, Plan, Rows, Shape, Span, Spans, View, ViewMut, Window,
 };
