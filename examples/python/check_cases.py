@@ -60,19 +60,20 @@ def run(meta, inputs):
         return fam_torch.merge(*(t[name] for name in INPUTS[op]))
     sizes = ("block_len", "window_blocks", "window_tokens", "heads", "kv_heads")
     sizes = {name: int(meta[name]) for name in sizes if name in meta}
+    scale = float(meta["scale"]) if "scale" in meta else None
     if op == "layer":
         x, depth = t.pop("x"), len({name.split(".")[1] for name in t if name.startswith("layers.")})
         model = fam_torch.TransformerFAM(
             depth, x.shape[-1], mem_len=t["prompt"].shape[0], ff_width=t["layers.0.w_up"].shape[1],
             head_dim=t["layers.0.w_q"].shape[1] // sizes["heads"],
-            feedback_norm="layers.0.feedback_norm" in t, **sizes)
+            feedback_norm="layers.0.feedback_norm" in t, scale=scale, **sizes)
         options = {"offset": int(meta.get("offset", 0))}
         y, (_, memory, _) = torch.func.functional_call(model, t, (x,), options, strict=True)
         return y, torch.stack(memory)
     if op == "infini":
         t = {"m": t.pop("m0", None), "z": t.pop("z0", None), "rule": meta["rule"], **t}
     # A kernel takes its scale as an f32, of which the file gives the shortest decimal form.
-    scale = float(meta.get("scale", inputs["q"].shape[-1] ** -0.5))
+    scale = inputs["q"].shape[-1] ** -0.5 if scale is None else scale
     scale = torch.tensor(scale, dtype=torch.float32).item()
     return getattr(fam_torch, op)(**t, **sizes, scale=scale)
 

@@ -213,10 +213,11 @@ class FAMLayer(nn.Module):
     """Algorithm 2: tokens and memory rows go through the same norms, projections and feed-forward."""
 
     def __init__(self, width, *, heads, kv_heads=None, head_dim=None, ff_width=None, block_len,
-                 window_blocks=0, feedback_norm=False):
+                 window_blocks=0, scale=None, feedback_norm=False):
         super().__init__()
         kv_heads, head_dim, ff_width = kv_heads or heads, head_dim or width // heads, ff_width or 4 * width
-        self.head_dim, self.block_len, self.window_blocks = head_dim, block_len, window_blocks
+        self.head_dim, self.scale = head_dim, scale
+        self.block_len, self.window_blocks = block_len, window_blocks
 
         def matrix(rows, columns):  # for x @ w
             return nn.Parameter(torch.randn(rows, columns) * rows ** -0.5)
@@ -244,7 +245,7 @@ class FAMLayer(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
         o, _, mem_o, _ = attend(q, k, v, mem_q, mem_k, mem_v, block_len=self.block_len,
-                                window_blocks=self.window_blocks, start=start)
+                                window_blocks=self.window_blocks, scale=self.scale, start=start)
         # The first update has no residual: the memory that goes in is a prompt, not something that was seen.
         residual = rows if start > 0 else torch.cat([x, torch.zeros_like(memory)], 1)
         rows = residual + torch.cat([o, mem_o[:, 0]], 1).flatten(2) @ self.w_o

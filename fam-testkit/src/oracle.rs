@@ -189,13 +189,27 @@ pub fn merge_oracle(seed: u64) -> Result<Vec<u8>> {
 /// None.
 pub fn layer_oracle(seed: u64) -> Result<Vec<u8>> {
     let mut rng = Rng::of(seed, "layer oracle");
-    // 1/√D is exact: whether a scale is rounded to f32 makes no difference.
     let (heads, kv_heads) = rng.pick(&[(1, 1), (2, 1), (4, 2)]);
     let (block_len, mem_len, window) = (rng.pick(&[1, 3, 4]), rng.pick(&[0, 1, 3, 5]), rng.pick(&[0, 1, 2]));
-    let shape = Shape::builder().heads(heads).kv_heads(kv_heads).head_dim(rng.pick(&[1, 4])).block_len(block_len);
-    let shape = shape.window(Window::Blocks(window)).mem_len(mem_len).build()?;
+    // From 5 on, an odd D tells the exponent −2i/D of rotary positions from −i/⌊D/2⌋.
+    let head_dim = rng.pick(&[1, 3, 4, 5, 7, 16]);
+    // The default, 1/√D, is given where f32 would round it: whether a scale is rounded makes no difference.
+    let scale = (!matches!(head_dim, 1 | 4 | 16) || rng.chance(1, 2)).then(|| rng.pick(&[1.0, 0.5, 0.25]));
+    let shape = Shape::builder().heads(heads).kv_heads(kv_heads).head_dim(head_dim).block_len(block_len);
+    let mut shape = shape.window(Window::Blocks(window)).mem_len(mem_len);
+    if let Some(scale) = scale {
+        shape = shape.scale(scale);
+    }
+    let shape = shape.build()?;
     let config = Config { shape, d_model: 6, d_ff: 7, layers: 2, feedback_norm: rng.chance(1, 2) };
-    let (stack, mut random) = (Stack::random(&config, seed), Random::new(!seed));
+    let (mut stack, mut random) = (Stack::random(&config, seed), Random::new(!seed));
+    // A gain of 1 would not show whether it is applied.
+    for layer in &mut stack.layers {
+        for gain in [&mut layer.attend_norm, &mut layer.ff_norm].into_iter().chain(&mut layer.feedback_norm) {
+            *gain = random.array(gain.shape, 0.3);
+            gain.data.iter_mut().for_each(|gain| *gain += 1.0);
+        }
+    }
     let tokens = 3 * block_len + rng.below(block_len);
     let offset = rng.pick(&[0, 0, 17]);
     let (x, d_y) = (random.array([tokens, config.d_model], 1.0), random.array([tokens, config.d_model], 1.0));
@@ -228,6 +242,7 @@ pub fn layer_oracle(seed: u64) -> Result<Vec<u8>> {
     ] {
         words.insert(name.into(), value.to_string());
     }
+    scale.map(|scale| words.insert("scale".into(), scale.to_string()));
     serialize(Some(words), file)
 }
 
