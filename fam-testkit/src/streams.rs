@@ -97,8 +97,7 @@ where
         let block_len = rng.pick(&[1, 2, 5, 8, 17]);
         let window = if rng.chance(1, 4) { Window::Tokens(1 + rng.below(3 * block_len)) } else { Window::Blocks(rng.below(4)) };
         let infini = rng.chance(1, 4).then(|| rng.pick(&[InfiniRule::Linear, InfiniRule::Delta]));
-        // With a compressive memory a whole stream is one problem, which cannot say how many memory rows a block had.
-        let mem_len = if infini.is_some() { 0 } else { rng.pick(&[0, 1, 3, 7]) };
+        let mem_len = rng.pick(&[0, 1, 3, 7]);
         let mut shape = Shape::builder().heads(heads).kv_heads(kv_heads).head_dim(rng.pick(&[1, 4, 8, 31, 64]));
         shape = shape.block_len(block_len).window(window).mem_len(mem_len).dtype(rng.pick(&Dtype::ALL));
         if let Some(rule) = infini {

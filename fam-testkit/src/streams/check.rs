@@ -12,7 +12,7 @@ impl<H: Harness + ?Sized> Life<'_, H>
 where
     H::Backend: Clone,
 {
-    /// Every committed row of a stream against the reference.
+    /// Every committed row of a stream against the reference, and the compressive memory.
     pub fn check(&self, stream: usize) -> Result<(), Stop> {
         let data = &self.data[stream];
         // Committed tokens are a prefix: a rollback forgets the last.
@@ -21,28 +21,32 @@ where
         if done == 0 {
             return Ok(());
         }
-        if self.shape.infini().is_some() {
-            let case = self.case(data, done, None)?;
-            return self.judge(stream, &case, 0, self.outputs(data, &case, None));
-        }
         let (first, last) = (self.shape.block(data.origin + data.shared as u64), self.shape.block(data.origin + done as u64 - 1));
-        for block in first..=last {
+        // Where all blocks are shared, the state is not.
+        for block in first.min(last)..=last {
             let end = (((block + 1) * b).min(data.origin + done as u64) - data.origin) as usize;
             let from = ((block * b).max(data.origin) - data.origin) as usize;
             let (served, rows) = data.served.get(&block).copied().unwrap_or((block, 0));
             let mem_o = data.mem_o.get(&block).filter(|(tokens, _)| *tokens == end && rows > 0);
-            let case = self.case(data, end, Some((block, served, rows, mem_o.is_some())))?;
-            let outputs = self.outputs(data, &case, mem_o.map(|(_, rows)| rows));
+            let case = self.case(data, end, [block, served], rows, mem_o.is_some())?;
+            let outputs = self.outputs(data, &case, mem_o.map(|(_, rows)| rows), block == last);
             self.judge(stream, &case, from, outputs)?;
         }
         Ok(())
     }
 
-    /// The first `tokens` tokens of a stream as a case; its memory is that of one block, shared by all: only that block is judged.
-    fn case(&self, data: &Stream, tokens: usize, memory: Option<(u64, u64, usize, bool)>) -> Result<CaseFile, Stop> {
+    /// The first `tokens` tokens of a stream as a case. Its memory is that of `block`, the first `rows` rows given for the block `served`, and
+    /// shared by all: only that block is judged. A compressive memory holds tokens alone, whatever the memory rows.
+    fn case(
+        &self,
+        data: &Stream,
+        tokens: usize,
+        [block, served]: [u64; 2],
+        rows: usize,
+        with_mem_q: bool,
+    ) -> Result<CaseFile, Stop> {
         let s = &self.shape;
         let (dtype, d) = (s.dtype(), s.head_dim());
-        let (_, _, rows, _) = memory.unwrap_or_default();
         let mut shape = Shape::builder().heads(s.heads()).kv_heads(s.kv_heads()).head_dim(d).block_len(s.block_len());
         shape = shape.window(s.window()).mem_len(rows).dtype(dtype);
         if let Some(rule) = s.infini() {
@@ -59,9 +63,8 @@ where
             Tensor::from_values(dtype, vec![1, 1, rows, heads, d], values)
         };
         let numbers = |values: &[f64]| Tensor::from_values(Dtype::F32, vec![values.len()], values.iter().copied());
-        let mem_q = memory.filter(|&(.., with_mem_q)| with_mem_q).map(|(block, ..)| mem(0, block, s.heads()));
-        let given = memory.filter(|_| rows > 0);
-        let given = given.map(|(_, served, ..)| (mem(1, served, s.kv_heads()), mem(2, served, s.kv_heads())));
+        let mem_q = with_mem_q.then(|| mem(0, block, s.heads()));
+        let given = (rows > 0).then(|| (mem(1, served, s.kv_heads()), mem(2, served, s.kv_heads())));
         let infini = s.infini().map(|rule| InfiniCase {
             rule,
             q: Some(tensor(INFINI_Q)),
@@ -88,8 +91,8 @@ where
         })
     }
 
-    /// What the kernels returned for the tokens of `case`; memory rows only of its last block.
-    fn outputs(&self, data: &Stream, case: &CaseFile, mem_rows: Option<&Row>) -> BTreeMap<String, Tensor> {
+    /// What the kernels returned for the tokens of `case`; memory rows only of its last block, the state only after the stream's last.
+    fn outputs(&self, data: &Stream, case: &CaseFile, mem_rows: Option<&Row>, is_last: bool) -> BTreeMap<String, Tensor> {
         let mut outputs = BTreeMap::new();
         let mut add = |name: &str, values: Vec<f64>| {
             let dtype = if name.ends_with('o') { self.shape.dtype() } else { Dtype::F32 };
@@ -104,7 +107,7 @@ where
             // The case has as many memory rows as there were keys of them.
             add(name, std::iter::repeat_n(0.0, (blocks - 1) * size).chain(values[..size].iter().copied()).collect());
         }
-        for (name, data) in data.state.iter().flat_map(|[m, z]| [("m", m), ("z", z)]) {
+        for (name, data) in data.state.iter().filter(|_| is_last).flat_map(|[m, z]| [("m", m), ("z", z)]) {
             let tensor = Tensor { dtype: Dtype::F32, shape: case.output_shape(name), data: data.clone() };
             outputs.insert(name.to_string(), tensor);
         }
