@@ -22,11 +22,13 @@ fn store<const R: usize>(to: &mut Named, name: &str, x: &Array<R>) {
     to.push((name.into(), Stored::wide(&x.shape, &x.data)));
 }
 
-/// A case's results and gradients. The loss's gradients with respect to the outputs are drawn from `seed`.
+/// A case's results and gradients; some elements of its `infini_q` and `infini_k` become 0. The loss's gradients with respect to the outputs
+/// are drawn from `seed`.
 ///
 /// # Errors
 /// Where tensors do not fit each other; a case that was read or generated has none of those.
 pub fn attention_oracle(case: &CaseFile, seed: u64) -> Result<Vec<u8>> {
+    let case = &on_the_seam(case);
     let mut random = Random::new(seed);
     let (q, k, v) = (tokens(&case.q), tokens(&case.k), tokens(&case.v));
     let mem_q = case.mem_q.as_ref().map(|t| memory(case, t));
@@ -116,6 +118,16 @@ pub fn attention_oracle(case: &CaseFile, seed: u64) -> Result<Vec<u8>> {
     }
     gradients.d_sink.iter().for_each(|d| file.push(("expected_d_sink".into(), Stored::wide(&[d.len()], d))));
     serialize(Some(case.metadata()?), file)
+}
+
+/// Every seventh element of what σ is taken of is 0, where its two branches meet: random numbers hardly ever are.
+fn on_the_seam(case: &CaseFile) -> CaseFile {
+    let mut case = case.clone();
+    for x in case.infini.iter_mut().flat_map(|infini| [&mut infini.q, &mut infini.k]).flatten() {
+        let values = x.values().into_iter().enumerate().map(|(i, x)| if i % 7 == 0 { 0.0 } else { x });
+        *x = Tensor::from_values(x.dtype, x.shape.clone(), values);
+    }
+    case
 }
 
 /// The gradient of a memory that streams or blocks share: the sum of theirs.
