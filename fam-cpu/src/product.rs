@@ -13,6 +13,7 @@
 //! | Oᵀ = Vᵀ·Pᵀ | rows | channels | keys | V |
 //! | read aᵀ = mᵀ·σ(q)ᵀ | rows | value channels | key channels | m |
 //! | write m = σ(k)ᵀ·v | value channels | key channels | keys | σ(k) |
+//! | dV = Pᵀ·dO, dK = dSᵀ·Q | channels | keys | rows | P, dS |
 //!
 //! A lane's arithmetic is one chain over k, the same for any `MR` and `NR`: tiles may be cut anywhere without changing a bit.
 
