@@ -102,7 +102,8 @@ pub fn attend(args: &Attend) -> Result<Attended> {
 pub(crate) type Key<'a> = (&'a [f64], &'a [f64]);
 
 /// A query row, and what it sees.
-pub(crate) struct Row {
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
     /// Place in [`Rows`]: stream, block entry, row, query head.
     pub at: [usize; 4],
     /// Block of the call whose memory keys it sees.
@@ -113,7 +114,7 @@ pub(crate) struct Row {
 
 impl<'a> Attend<'a> {
     /// Block rows see the window, the memory of their block, and their block up to themselves.
-    pub(crate) fn block_rows(&self) -> Vec<Row> {
+    pub fn block_rows(&self) -> Vec<Row> {
         let block_len = self.shape.block_len() as u64;
         let mut rows = Vec::new();
         for (n, span) in self.spans.iter().enumerate() {
@@ -128,7 +129,7 @@ impl<'a> Attend<'a> {
     }
 
     /// Memory rows see the memory of their block, and the block, which they compress.
-    pub(crate) fn mem_rows(&self) -> Vec<Row> {
+    pub fn mem_rows(&self) -> Vec<Row> {
         let (block_len, heads) = (self.shape.block_len(), self.shape.heads());
         let mut rows = Vec::new();
         for (n, span) in self.spans.iter().enumerate() {
@@ -204,7 +205,9 @@ impl<'a> Attend<'a> {
     }
 
     /// Places `[n, block, f, h]` of the memory keys that a row sees, and `[n, row, h]` of the tokens' keys.
-    pub(crate) fn key_places(&self, row: &Row) -> (impl Iterator<Item = [usize; 4]>, impl Iterator<Item = [usize; 3]>) {
+    ///
+    /// Of a row of these arguments; another's may name places that there are not.
+    pub fn key_places(&self, row: &Row) -> (impl Iterator<Item = [usize; 4]> + use<>, impl Iterator<Item = [usize; 3]> + use<>) {
         let ([n, _, _, h], block) = (row.at, row.block);
         let h = h / self.shape.group();
         let Span { origin, mem_rows, .. } = self.spans[n];

@@ -53,7 +53,7 @@ mod merge;
 mod merge_backward;
 
 pub use array::Array;
-pub use attend::{Attend, Attended, Rows, attend};
+pub use attend::{Attend, Attended, Row, Rows, attend};
 pub use attend_backward::{AttendGradients, AttendUpstream, attend_backward};
 pub use infini_backward::{
     GateGradients, RetrieveGradients, WriteGradients, gate_backward, infini_retrieve_backward, infini_write_backward,

@@ -8,7 +8,7 @@ use crate::harness::Harness;
 use crate::launch::{Loaded, LoadedKeys, LoadedSpans, Region, Stop, plan};
 use crate::rows::{Inputs, Problem, Read, near};
 use crate::tolerance::{Level, Limits, NanReach, infini_read};
-use fam_core::{Attend, Backend, InfiniState, Result, Rows, Span};
+use fam_core::{Attend, Backend, Dtype, InfiniState, Result, Rows, Span};
 use fam_ref::Array;
 
 /// What a kernel returned for one group of rows: the call's values.
@@ -25,12 +25,15 @@ pub(crate) struct Group {
 pub(crate) struct Outputs {
     pub rows: Option<Group>,
     pub mem_rows: Option<Group>,
+    /// The block rows' `o` before the gate, `[N, 1, L, Hq, D]`.
+    pub o_local: Option<Array<5>>,
 }
 
 impl Outputs {
     /// Every array, for digests and bitwise comparison.
     pub fn arrays(&self) -> impl Iterator<Item = &Array<5>> {
-        self.rows.iter().chain(&self.mem_rows).flat_map(|g| std::iter::once(&g.o).chain(&g.lse))
+        let groups = self.rows.iter().chain(&self.mem_rows).flat_map(|g| std::iter::once(&g.o).chain(&g.lse));
+        groups.chain(&self.o_local)
     }
 }
 
@@ -54,6 +57,7 @@ pub(crate) fn launch<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data, fill:
     };
     let mut rows = group(case.rows, Role::Q, Role::O, Role::Lse)?;
     let mut mem_rows = group(case.mem_rows, Role::MemQ, Role::MemO, Role::MemLse)?;
+    let mut o_local = (case.fused && case.rows && case.o_local).then(|| output(Role::OLocal)).transpose()?;
     let mut scratch = Region::scratch(h, &plan)?;
 
     h.run(&mut |queue| {
@@ -73,6 +77,9 @@ pub(crate) fn launch<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data, fill:
         if let Some([q, m, z, beta]) = &infini {
             args = args.infini(InfiniState { q: q.view(), m: m.view(), z: z.view(), beta: beta.view() });
         }
+        if let Some(o_local) = &mut o_local {
+            args = args.o_local(o_local.view_mut());
+        }
         h.backend().attend(&plan, queue, args, scratch.mem_mut())
     })?;
 
@@ -87,7 +94,8 @@ pub(crate) fn launch<H: Harness + ?Sized>(h: &H, case: &Case, data: &Data, fill:
         let lse = lse.map(|lse| lse.values(h, case, lse_role)).transpose()?;
         Ok(Some(Group { o, lse }))
     };
-    Ok(Outputs { rows: finish(rows, Role::O, Role::Lse)?, mem_rows: finish(mem_rows, Role::MemO, Role::MemLse)? })
+    let o_local = o_local.map(|o_local| o_local.values(h, case, Role::OLocal)).transpose()?;
+    Ok(Outputs { rows: finish(rows, Role::O, Role::Lse)?, mem_rows: finish(mem_rows, Role::MemO, Role::MemLse)?, o_local })
 }
 
 fn with_lse<'a, H: Harness + ?Sized>(
@@ -102,9 +110,14 @@ fn with_lse<'a, H: Harness + ?Sized>(
 
 /// The case as a problem, with the reference's answer.
 pub(crate) fn problem(case: &Case, data: &Data) -> Result<Problem> {
+    Problem::new(inputs(case, data))
+}
+
+/// The case as the reference is asked it.
+pub(crate) fn inputs(case: &Case, data: &Data) -> Inputs {
     // Keys before the first visible one are not stored: to the reference they do not exist.
     let spans = case.spans.iter().map(|s| Span { origin: case.first_key(s), ..*s });
-    Problem::new(Inputs {
+    Inputs {
         shape: case.shape,
         spans: spans.collect(),
         q: case.rows.then(|| data.tokens(Role::Q)),
@@ -113,12 +126,14 @@ pub(crate) fn problem(case: &Case, data: &Data) -> Result<Problem> {
         v: data.tokens(Role::V),
         mem: Some([Role::MemK, Role::MemV].map(|role| data.get(role).clone())),
         sink: case.sink.then(|| data.get(Role::Sink).data.clone()),
-    })
+    }
 }
 
 /// Holds a kernel's outputs against the reference.
 pub(crate) fn check<'a>(case: &Case, data: &Data, outputs: &Outputs, level: Level, limits: &'a Limits) -> Result<Checker<'a>> {
     let mut checker = Checker::new(level, case.shape.dtype(), case.out_dtype, limits);
+    // Before the gate nothing is rounded to the output's type.
+    let mut before_gate = Checker::new(level, case.shape.dtype(), Dtype::F32, limits);
     let problem = problem(case, data)?;
     let reads = case.fused.then(|| Reads::new(case, data));
     let counts_for_bias = !matches!(case.distribution, Distribution::NonFinite | Distribution::Denormals);
@@ -129,6 +144,9 @@ pub(crate) fn check<'a>(case: &Case, data: &Data, outputs: &Outputs, level: Leve
             let row = problem.row(is_memory, rows, at, limits);
             let read = reads.as_ref().filter(|_| !is_memory).map(|reads| reads.row(at, limits)).transpose()?;
             checker.row(tensor, &row, read.as_ref(), got.o.row(&at), None);
+            if let (false, Some(o_local)) = (is_memory, &outputs.o_local) {
+                before_gate.row("o_local", &row, None, o_local.row(&at), None);
+            }
             if counts_for_bias && read.is_none() {
                 checker.rounding(&row, got.o.row(&at));
             }
@@ -137,6 +155,7 @@ pub(crate) fn check<'a>(case: &Case, data: &Data, outputs: &Outputs, level: Leve
             }
         }
     }
+    checker.tally.add(&before_gate.tally);
     Ok(checker)
 }
 
@@ -165,20 +184,35 @@ impl<'a> Reads<'a> {
         Reads { case, q: data.get(Role::InfiniQ), z: data.get(Role::Z), m: matrices, beta: &data.get(Role::Beta).data }
     }
 
-    /// What the block row `[n, _, r, h]` reads.
-    pub fn row(&self, [n, _, r, h]: [usize; 4], limits: &Limits) -> Result<Read> {
-        let (shape, span) = (&self.case.shape, &self.case.spans[n]);
+    /// The block of the call that holds a position of stream n.
+    fn block(&self, n: usize, position: u64) -> usize {
+        let shape = &self.case.shape;
+        (shape.block(position) - shape.block(self.case.spans[n].start)) as usize
+    }
+
+    /// m and z before block i of stream n.
+    fn entry(&self, n: usize, i: usize, kv: usize) -> (&[f64], &[f64]) {
         let [_, blocks, _, kv_heads, _] = self.z.shape;
-        let kv = h / shape.group();
-        let block = |position| (shape.block(position) - shape.block(span.start)) as usize;
-        let m = |i: usize| &self.m[(n * blocks + i) * kv_heads + kv];
-        let z = |i: usize| self.z.row(&[n, i, 0, kv]);
-        let i = block(span.start + r as u64);
-        let fam_ref::Retrieved { a, magnitude } = fam_ref::infini_retrieve(self.q.row(&[n, 0, r, h]), m(i), z(i))?;
+        (&self.m[(n * blocks + i) * kv_heads + kv], self.z.row(&[n, i, 0, kv]))
+    }
+
+    /// What the block row `[n, _, r, h]` sees: its block, and m and z before it.
+    pub fn state(&self, [n, _, r, h]: [usize; 4]) -> (usize, &[f64], &[f64]) {
+        let i = self.block(n, self.case.spans[n].start + r as u64);
+        let (m, z) = self.entry(n, i, h / self.case.shape.group());
+        (i, m, z)
+    }
+
+    /// What the block row `[n, _, r, h]` reads.
+    pub fn row(&self, at @ [n, _, r, h]: [usize; 4], limits: &Limits) -> Result<Read> {
+        let (shape, span) = (&self.case.shape, &self.case.spans[n]);
+        let (_, m, z) = self.state(at);
+        let fam_ref::Retrieved { a, magnitude } = fam_ref::infini_retrieve(self.q.row(&[n, 0, r, h]), m, z)?;
         let rows = near(span, r);
         let loads_others = || {
-            let mut states = block(rows.start)..block(rows.end - 1) + 1;
-            states.any(|i| m(i).iter().chain(z(i)).any(|x| !x.is_finite()))
+            let mut states = self.block(n, rows.start)..self.block(n, rows.end - 1) + 1;
+            let spoilt = |(m, z): (&[f64], &[f64])| m.iter().chain(z).any(|x| !x.is_finite());
+            states.any(|i| spoilt(self.entry(n, i, h / shape.group())))
         };
         let may_be_nan = limits.nan != NanReach::Rows && loads_others();
         let error = a.iter().zip(&magnitude).map(|(a, magnitude)| infini_read(shape.head_dim(), *magnitude, *a)).collect();

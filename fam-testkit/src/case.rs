@@ -119,10 +119,36 @@ pub struct Case {
     pub sink: bool,
     /// Whether the read of the compressive memory is fused into `attend`.
     pub fused: bool,
+    /// Whether a fused `attend` is asked for its output before the gate too.
+    pub o_local: bool,
+    /// What a backward op reads and is asked for.
+    pub gradients: Gradients,
     /// Type of the partial outputs that `merge` reads: the shape's dtype or f32.
     pub part_dtypes: [Dtype; 2],
     /// How buffers are laid out.
     pub strides: Strides,
+}
+
+/// What a case of a backward op reads and is asked for; nothing to the other ops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Gradients {
+    /// Type of the saved outputs `o`, `mem_o` and `o_local`: the shape's dtype or f32.
+    pub o: Dtype,
+    /// Type of the arriving gradients of `o` and `mem_o`: the shape's dtype or f32.
+    pub d_o: Dtype,
+    /// Whether gradients of the log-sum-exps arrive.
+    pub d_lse: bool,
+    /// Whether `d_k` and `d_v` are asked for.
+    pub keys: bool,
+    /// Whether `d_mem_k` and `d_mem_v` are asked for, where there are memory rows.
+    pub mem: bool,
+    /// Whether `d_sink` is asked for, where there is a sink.
+    pub sink: bool,
+    /// Whether `d_m` and `d_z` are asked for.
+    pub state: bool,
+    /// Whether `d_beta` is asked for.
+    pub beta: bool,
 }
 
 /// Which cases of a suite are run.
@@ -136,20 +162,35 @@ pub struct Filter {
     pub text: String,
 }
 
+impl Filter {
+    fn pass(&self, (op, dtype): (Op, Dtype), case: impl FnOnce() -> Case) -> Option<Case> {
+        if !self.ops.is_empty() && !self.ops.contains(&op) || !self.dtypes.is_empty() && !self.dtypes.contains(&dtype) {
+            return None;
+        }
+        let case = case();
+        (self.text.is_empty() || case.to_string().contains(&self.text)).then_some(case)
+    }
+}
+
 impl Case {
     /// The case of a seed.
     pub fn from_seed(seed: u64) -> Case {
         draw::case(seed)
     }
 
+    /// The case of a seed among those of the backward ops.
+    pub fn gradient(seed: u64) -> Case {
+        draw::gradient(seed)
+    }
+
     /// The case of a seed, if the filter lets it pass. Op and dtype are decided first, so that a refusal is cheap.
     pub fn generate(seed: u64, filter: &Filter) -> Option<Case> {
-        let (op, dtype) = draw::op_and_dtype(&mut draw::start(seed));
-        if !filter.ops.is_empty() && !filter.ops.contains(&op) || !filter.dtypes.is_empty() && !filter.dtypes.contains(&dtype) {
-            return None;
-        }
-        let case = draw::case(seed);
-        (filter.text.is_empty() || case.to_string().contains(&filter.text)).then_some(case)
+        filter.pass(draw::op_and_dtype(&mut draw::start(seed)), || draw::case(seed))
+    }
+
+    /// As [`Case::generate`], among the cases of the backward ops.
+    pub fn generate_gradient(seed: u64, filter: &Filter) -> Option<Case> {
+        filter.pass(draw::gradient_op_and_dtype(&mut draw::gradient_start(seed)), || draw::gradient(seed))
     }
 
     /// N: streams in the call.
@@ -236,10 +277,14 @@ impl Case {
                     })
                     .sum::<u64>();
             let kept = (span.end() - span.first_key(s) + self.stale as u64) / 4;
+            let attended = rows * u64::from(self.rows) + mem * u64::from(self.mem_rows);
             let pairs = match self.op {
-                Op::Attend => rows * u64::from(self.rows) + mem * u64::from(self.mem_rows) + kept,
+                Op::Attend => attended + kept,
+                Op::AttendBackward => 5 * attended + kept,
                 Op::InfiniRead => u64::from(span.len) * d,
                 Op::InfiniWrite => (u64::from(span.len) + b) * 2 * d,
+                Op::InfiniReadBackward => u64::from(span.len) * 4 * d,
+                Op::InfiniWriteBackward => (u64::from(span.len) + b) * 8 * d,
                 _ => u64::from(span.len) * 4 + (span.blocks(s.block_len()) * s.mem_len()) as u64,
             };
             pairs * s.heads() as u64 * d
@@ -275,10 +320,14 @@ impl fmt::Display for Case {
             (self.lse, "lse"),
             (self.sink, "sink"),
             (self.device_spans, "device_spans"),
+            (self.fused && self.o_local, "o_local"),
         ] {
             if on {
                 write!(f, " {name}")?;
             }
+        }
+        if Op::BACKWARD.contains(&self.op) {
+            write!(f, " {}", self.gradients)?;
         }
         write!(f, " spans=[")?;
         for (i, span) in self.spans.iter().enumerate() {
@@ -291,5 +340,14 @@ impl fmt::Display for Case {
             }
         }
         write!(f, "]")
+    }
+}
+
+impl fmt::Display for Gradients {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "saved={} d_o={} wants=", self.o, self.d_o)?;
+        let wants = [(self.keys, "k"), (self.mem, "m"), (self.sink, "s"), (self.state, "i"), (self.beta, "b")];
+        wants.into_iter().filter(|(wanted, _)| *wanted).try_for_each(|(_, name)| f.write_str(name))?;
+        if self.d_lse { f.write_str(" d_lse") } else { Ok(()) }
     }
 }

@@ -29,17 +29,83 @@ pub(crate) enum Role {
     Lse,
     MemO,
     MemLse,
+    // Their gradients, in the same order.
+    DQ,
+    DMemQ,
+    DInfiniQ,
+    DK,
+    DV,
+    DMemK,
+    DMemV,
+    DSink,
+    DBeta,
+    DM,
+    DZ,
+    DOLocal,
+    DO,
+    DLse,
+    DMemO,
+    DMemLse,
 }
 
 use Role::*;
 
-const NAMES: [&str; 16] =
-    ["q", "mem_q", "infini_q", "k", "v", "mem_k", "mem_v", "sink", "beta", "m", "z", "o_local", "o", "lse", "mem_o", "mem_lse"];
+/// What there is beside gradients.
+const ROLES: [Role; 16] = [Q, MemQ, InfiniQ, K, V, MemK, MemV, Sink, Beta, M, Z, OLocal, O, Lse, MemO, MemLse];
+
+const NAMES: [&str; 32] = [
+    "q",
+    "mem_q",
+    "infini_q",
+    "k",
+    "v",
+    "mem_k",
+    "mem_v",
+    "sink",
+    "beta",
+    "m",
+    "z",
+    "o_local",
+    "o",
+    "lse",
+    "mem_o",
+    "mem_lse",
+    "d_q",
+    "d_mem_q",
+    "d_infini_q",
+    "d_k",
+    "d_v",
+    "d_mem_k",
+    "d_mem_v",
+    "d_sink",
+    "d_beta",
+    "d_m",
+    "d_z",
+    "d_o_local",
+    "d_o",
+    "d_lse",
+    "d_mem_o",
+    "d_mem_lse",
+];
 
 impl Role {
     /// The name in reports.
     pub fn name(self) -> &'static str {
         NAMES[self as usize]
+    }
+
+    /// What it is the gradient of: of the same sizes, at the same places. Itself where it is none.
+    pub fn of(self) -> Role {
+        ROLES[self as usize % ROLES.len()]
+    }
+
+    fn is_gradient(self) -> bool {
+        self.of() != self
+    }
+
+    /// Whether it arrives at the backward ops, rather than leaves them.
+    fn arrives(self) -> bool {
+        matches!(self, DO | DLse | DMemO | DMemLse)
     }
 
     /// One name for tensors that must have the same sizes.
@@ -75,7 +141,7 @@ impl Case {
         }
         match self.op {
             // Segments are whole blocks, whatever the window.
-            Op::InfiniWrite => span.block_keys(0, self.shape.block_len()).start,
+            Op::InfiniWrite | Op::InfiniWriteBackward => span.block_keys(0, self.shape.block_len()).start,
             _ => span.first_key(&self.shape),
         }
     }
@@ -112,7 +178,7 @@ impl Case {
         let s = &self.shape;
         let (n, l, nb, f) = (self.batch(), self.len(), self.blocks(), s.mem_len());
         let (h, kv, d) = (s.heads(), s.kv_heads(), s.head_dim());
-        match role {
+        match role.of() {
             Q | InfiniQ | OLocal | O => [n, 1, l, h, d],
             Lse => [n, 1, l, h, 1],
             MemQ | MemO => [n, nb, f, h, d],
@@ -124,26 +190,26 @@ impl Case {
             MemK | MemV => [n, self.memory_blocks(nb), f, kv, d],
             M => [n, nb, d, kv, d],
             Z => [n, nb, 1, kv, d],
-            Sink | Beta => [1, 1, 1, h, 1],
+            _ => [1, 1, 1, h, 1],
         }
     }
 
     /// Type and layout of the tensor: larger than the call's values where the case says so.
     pub(crate) fn layout(&self, role: Role) -> Layout {
         let s = &self.shape;
-        let mut shape = self.sizes(role);
+        let (mut shape, of) = (self.sizes(role), role.of());
         // A kernel that reads its spans itself may be handed any that the plan serves.
         if self.device_spans {
-            shape[2] = shape[2].max(match role {
+            shape[2] = shape[2].max(match of {
                 Q | InfiniQ | OLocal | O | Lse => self.plan_rows,
                 MemQ | MemO | MemLse => s.mem_len(),
                 _ => 0,
             });
-            if matches!(role, MemQ | MemO | MemLse) {
+            if matches!(of, MemQ | MemO | MemLse) {
                 shape[1] = self.plan_blocks;
             }
         }
-        match role {
+        match of {
             K | V => {
                 shape[0] = if self.keys == KeySource::Linear { self.slots } else { self.batch() };
                 shape[2] = match self.keys {
@@ -156,20 +222,28 @@ impl Case {
             _ => {}
         }
         // Axes that are called "at least": more entries than the call has, none of which it may touch.
-        let mut growth = Rng::of(self.seed, role.pair());
+        let mut growth = Rng::of(self.seed, of.pair());
         if growth.chance(1, 3) {
-            match role {
+            match of {
                 Sink | Beta => {}
                 K | V | MemK | MemV | M | Z => shape[growth.pick(&[0, 0, 2])] += 1,
                 _ => shape[growth.pick(&[0, 1, 2])] += 1 + growth.below(2),
             }
         }
+        let is_backward = Op::BACKWARD.contains(&self.op);
         let dtype = match role {
+            O | MemO | OLocal if is_backward => self.gradients.o,
+            DO | DMemO => self.gradients.d_o,
+            O | MemO | DQ | DMemQ | DInfiniQ => self.out_dtype,
             Sink | Beta | M | Z | OLocal | Lse | MemLse => Dtype::F32,
-            O | MemO => self.out_dtype,
+            role if role.is_gradient() => Dtype::F32,
             _ => s.dtype(),
         };
-        let is_output = matches!(role, O | Lse | MemO | MemLse) || (self.op == Op::InfiniWrite && matches!(role, M | Z));
+        // Saved results are a row's own too.
+        let is_output = matches!(role, O | Lse | MemO | MemLse)
+            || (role.is_gradient() && !role.arrives())
+            || (self.op == Op::InfiniWrite && matches!(role, M | Z))
+            || (self.op == Op::Attend && role == OLocal);
         let mut rng = Rng::of(self.seed, ["layout", role.name()].concat().as_str());
         arrange(self.strides, dtype, shape, is_output, &mut rng)
     }
@@ -177,8 +251,8 @@ impl Case {
     /// Every row of the tensor that the call may see or must write.
     pub(crate) fn places(&self, role: Role) -> Vec<Place> {
         let s = &self.shape;
-        let mut places = Vec::new();
-        if matches!(role, Sink | Beta) {
+        let (mut places, of) = (Vec::new(), role.of());
+        if matches!(of, Sink | Beta) {
             return vec![Place { value: [0; 3], tensor: [0; 3] }];
         }
         for (n, span) in self.spans.iter().enumerate() {
@@ -186,14 +260,14 @@ impl Case {
             let mut add = |value: [usize; 2], tensor: [usize; 3]| {
                 places.push(Place { value: [n, value[0], value[1]], tensor });
             };
-            let nb = if matches!(role, MemK | MemV) { self.memory_blocks(nb) } else { nb };
+            let nb = if matches!(of, MemK | MemV) { self.memory_blocks(nb) } else { nb };
             let per_block = |rows: usize| (0..nb).flat_map(move |i| (0..rows).map(move |r| (i, r)));
-            match role {
+            match of {
                 Q | InfiniQ | OLocal | O | Lse => (0..span.len as usize).for_each(|r| add([0, r], [n, 0, r])),
                 MemQ | MemO | MemLse => per_block(f).for_each(|(i, r)| add([i, r], [n, i, r])),
                 MemK | MemV => per_block(span.mem_rows as usize)
                     .for_each(|(i, r)| add([i, r], [slot, (span.mem_entry as usize + i) % self.mem_entries, r])),
-                M | Z => per_block(if role == M { s.head_dim() } else { 1 })
+                M | Z => per_block(if of == M { s.head_dim() } else { 1 })
                     .for_each(|(i, r)| add([i, r], [slot, (span.state_entry as usize + i) % self.state_entries, r])),
                 K | V => {
                     let first = self.first_key(span);
@@ -209,7 +283,7 @@ impl Case {
                         }
                     }
                 }
-                Sink | Beta => unreachable!("answered above"),
+                _ => unreachable!("answered above"),
             }
         }
         places
@@ -233,7 +307,10 @@ impl Data {
             Op::Attend if case.fused => &[Q, MemQ, K, V, MemK, MemV, Sink, InfiniQ, Beta, M, Z],
             Op::Attend => &[Q, MemQ, K, V, MemK, MemV, Sink],
             Op::InfiniRead => &[InfiniQ, Beta, M, Z, OLocal],
-            Op::InfiniWrite => &[K, V, M, Z],
+            Op::InfiniWrite | Op::InfiniWriteBackward => &[K, V, M, Z],
+            // What was saved is computed: see attend_backward.rs.
+            Op::AttendBackward => &[Q, MemQ, K, V, MemK, MemV, Sink, DO, DLse, DMemO, DMemLse],
+            Op::InfiniReadBackward => &[InfiniQ, Beta, M, Z, OLocal, DO],
             Op::Append => &[K, V, MemK, MemV],
             // Parts have no queries and keys: see merge.rs.
             _ => &[],
@@ -245,6 +322,7 @@ impl Data {
                 // Beside a local attention: what the compressive memory sees has no structure of logits.
                 InfiniQ if distribution == Distribution::NonFinite => fill(case, role, Distribution::Normal),
                 InfiniQ => fill(case, role, distribution.without_logits()),
+                role if role.arrives() => fill(case, role, distribution.upstream()),
                 _ => fill(case, role, distribution),
             });
         }
@@ -261,6 +339,11 @@ impl Data {
 
     pub fn get_mut(&mut self, role: Role) -> &mut Array<5> {
         self.0[role as usize].as_mut().expect("the op has this tensor")
+    }
+
+    /// What the forward pass has returned.
+    pub fn set(&mut self, role: Role, values: Array<5>) {
+        self.0[role as usize] = Some(values);
     }
 
     pub fn has(&self, role: Role) -> bool {
@@ -316,7 +399,7 @@ impl Data {
 
     /// Where rows share memory (strides of 0, fewer entries than blocks), the last one written is what all of them hold.
     fn settle(&mut self, case: &Case) {
-        for role in [Q, MemQ, InfiniQ, K, V, MemK, MemV, Sink, Beta, M, Z, OLocal] {
+        for role in [Q, MemQ, InfiniQ, K, V, MemK, MemV, Sink, Beta, M, Z, OLocal, DO, DLse, DMemO, DMemLse] {
             let is_shared = matches!(role, MemK | MemV) && case.mem_entries < case.blocks();
             if !self.has(role) || !(is_shared || case.layout(role).stride.contains(&0)) {
                 continue;

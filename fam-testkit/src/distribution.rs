@@ -138,13 +138,22 @@ impl Distribution {
         }
     }
 
+    /// The distribution of the gradients that arrive beside it: of ordinary size where values lie at the end of what there is, since
+    /// products of two such leave f32.
+    pub(crate) fn upstream(self) -> Self {
+        match self {
+            F16Limit | F32Limit | Denormals | NonFinite => Normal,
+            other => other,
+        }
+    }
+
     /// The distributions that say something about `op`.
     pub fn of(op: Op) -> Vec<Distribution> {
         let all = Self::ALL.into_iter();
         match op {
-            Op::InfiniRead | Op::InfiniWrite => all.filter(|d| d.without_logits() == *d).collect(),
+            Op::InfiniRead | Op::InfiniWrite | Op::InfiniReadBackward | Op::InfiniWriteBackward => all.filter(|d| d.without_logits() == *d).collect(),
             // Of a part only o and lse are seen: no keys, no queries.
-            Op::Merge => all
+            Op::Merge | Op::MergeBackward => all
                 .filter(|d| !matches!(d, F16Limit | F32Limit | Needle | ConstantK | Ascending | Descending | Sawtooth))
                 .collect(),
             _ => all.collect(),
@@ -166,7 +175,7 @@ pub(crate) fn round(value: f64, dtype: Dtype) -> f64 {
 }
 
 /// The largest finite value of `dtype`.
-fn largest(dtype: Dtype) -> f64 {
+pub(crate) fn largest(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F16 => f16::MAX.into(),
         Dtype::Bf16 => bf16::MAX.into(),

@@ -1,7 +1,7 @@
 //! How a case is drawn from its seed. The order of draws is part of the format: append draws, never reorder them, or old seeds no
 //! longer replay.
 
-use crate::case::{Case, KeySource, Strides, Style};
+use crate::case::{Case, Gradients, KeySource, Strides, Style};
 use crate::distribution::{self, Distribution, exp2};
 use crate::rng::Rng;
 use fam_core::{Dtype, InfiniRule, Op, Shape, Span, Window};
@@ -32,10 +32,36 @@ pub(crate) fn op_and_dtype(rng: &mut Rng) -> (Op, Dtype) {
     (op, rng.pick(&[Dtype::F32, Dtype::F32, Dtype::F16, Dtype::Bf16]))
 }
 
-/// The case of a seed: attempts until one is cheap enough, with a limit that rises so that there is an end.
+pub(crate) fn gradient_start(seed: u64) -> Rng {
+    Rng::of(seed, "gradient case")
+}
+
+pub(crate) fn gradient_op_and_dtype(rng: &mut Rng) -> (Op, Dtype) {
+    let op = match rng.below(20) {
+        0..11 => Op::AttendBackward,
+        11..14 => Op::InfiniReadBackward,
+        14..17 => Op::InfiniWriteBackward,
+        _ => Op::MergeBackward,
+    };
+    (op, rng.pick(&[Dtype::F32, Dtype::F32, Dtype::F16, Dtype::Bf16]))
+}
+
+/// The case of a seed.
 pub(crate) fn case(seed: u64) -> Case {
     let mut rng = start(seed);
     let (op, dtype) = op_and_dtype(&mut rng);
+    drawn(seed, op, dtype, &mut rng)
+}
+
+/// The case of a seed among those of the backward ops: a table beside the other, with generators of its own.
+pub(crate) fn gradient(seed: u64) -> Case {
+    let mut rng = gradient_start(seed);
+    let (op, dtype) = gradient_op_and_dtype(&mut rng);
+    drawn(seed, op, dtype, &mut rng)
+}
+
+/// Attempts until one is cheap enough, with a limit that rises so that there is an end.
+fn drawn(seed: u64, op: Op, dtype: Dtype, rng: &mut Rng) -> Case {
     let distribution = rng.pick(&Distribution::of(op));
     // Mostly small, so that many shapes are seen; one in sixty large.
     let mut limit = match rng.below(60) {
@@ -45,7 +71,7 @@ pub(crate) fn case(seed: u64) -> Case {
     };
     let is_dense = op == Op::Attend && rng.chance(11, 20);
     loop {
-        if let Some(case) = attempt(seed, op, dtype, distribution, is_dense, &mut rng)
+        if let Some(case) = attempt(seed, op, dtype, distribution, is_dense, rng)
             && case.work() as f64 <= limit
         {
             return case;
@@ -59,7 +85,10 @@ fn attempt(seed: u64, op: Op, dtype: Dtype, distribution: Distribution, is_dense
     let shape = shape(op, dtype, distribution, is_dense, rng)?;
     let batch = if is_dense { rng.pick(&[1, 1, 2, 5]) } else { rng.pick(&[0, 1, 1, 1, 2, 2, 2, 5]) };
     let style = rng.pick(&Style::ALL);
-    let keys = if is_dense || op == Op::Append || rng.chance(1, 2) { KeySource::Ring } else { KeySource::Linear };
+    // A ring has forgotten what a backward pass needs.
+    let is_backward = Op::BACKWARD.contains(&op);
+    let is_ring = !is_backward && (is_dense || op == Op::Append || rng.chance(1, 2));
+    let keys = if is_ring { KeySource::Ring } else { KeySource::Linear };
     let slots = batch + rng.pick(&[0, 0, 1, 3]);
     let mut order: Vec<u32> = (0..slots as u32).collect();
     rng.shuffle(&mut order);
@@ -89,8 +118,10 @@ fn attempt(seed: u64, op: Op, dtype: Dtype, distribution: Distribution, is_dense
         mem_rows: shape.mem_len() > 0,
         lse: rng.chance(3, 4),
         // A sink would carry denormal values out of what f32 holds.
-        sink: op == Op::Attend && rng.chance(1, 4) && distribution != Distribution::Denormals,
+        sink: matches!(op, Op::Attend | Op::AttendBackward) && rng.chance(1, 4) && distribution != Distribution::Denormals,
         fused: op == Op::Attend && shape.infini().is_some(),
+        o_local: Rng::of(seed, "o_local").chance(1, 2),
+        gradients: gradients(seed, dtype),
         part_dtypes: [rng.pick(&[dtype, Dtype::F32]), rng.pick(&[dtype, Dtype::F32])],
         strides: rng.pick(&[Strides::Packed, Strides::HeadsMajor, Strides::Padded, Strides::Padded, Strides::Broadcast]),
     };
@@ -119,6 +150,15 @@ fn attempt(seed: u64, op: Op, dtype: Dtype, distribution: Distribution, is_dense
         far(&mut case);
     }
     (!is_dense || case.is_dense()).then_some(case)
+}
+
+/// Of a generator of its own: it was appended.
+fn gradients(seed: u64, dtype: Dtype) -> Gradients {
+    let mut rng = Rng::of(seed, "gradients");
+    let [o, d_o] = [(); 2].map(|()| rng.pick(&[dtype, Dtype::F32]));
+    let d_lse = rng.chance(1, 2);
+    let [keys, mem, sink, state, beta] = [(); 5].map(|()| rng.chance(5, 6));
+    Gradients { o, d_o, d_lse, keys, mem, sink, state, beta }
 }
 
 /// Leaves a stream without tokens, as a captured graph meets it whose batch is larger than what is left to do.
@@ -173,7 +213,7 @@ fn shape(op: Op, dtype: Dtype, distribution: Distribution, is_dense: bool, rng: 
         Some(scale) => builder.scale(scale),
         None => builder,
     };
-    let needs_infini = matches!(op, Op::InfiniRead | Op::InfiniWrite);
+    let needs_infini = matches!(op, Op::InfiniRead | Op::InfiniWrite | Op::InfiniReadBackward | Op::InfiniWriteBackward);
     let builder = if needs_infini || (op == Op::Attend && rng.chance(3, 20)) {
         builder.infini(rng.pick(&[InfiniRule::Linear, InfiniRule::Delta]))
     } else {

@@ -1,7 +1,7 @@
 //! The values of a case's tensors: rows of its distribution, gates, sinks, and compressive memories.
 
 use crate::case::{Case, Strides};
-use crate::data::Role::{self, Beta, InfiniQ, K, M, MemK, MemQ, MemV, OLocal, Q, V};
+use crate::data::Role::{self, Beta, DLse, DMemLse, DMemO, DO, InfiniQ, K, M, MemK, MemQ, MemV, OLocal, Q, V};
 use crate::distribution::{Distribution, Source, round};
 use crate::rng::Rng;
 use fam_core::{Dtype, Op};
@@ -32,7 +32,7 @@ pub(crate) fn fill(case: &Case, role: Role, distribution: Distribution) -> Array
                             source.query(row);
                             sink_below_zero(row, f64::NEG_INFINITY, s.dtype(), &mut below);
                         }
-                        K if case.op == Op::InfiniWrite => {
+                        K if matches!(case.op, Op::InfiniWrite | Op::InfiniWriteBackward) => {
                             source.key(r, h, row);
                             // The domain of σ that the bounds hold in.
                             sink_below_zero(row, -80.0, s.dtype(), &mut below);
@@ -43,8 +43,15 @@ pub(crate) fn fill(case: &Case, role: Role, distribution: Distribution) -> Array
                         // f32 digits, in the range of the output.
                         OLocal => {
                             source.value(r, h, row);
-                            row.iter_mut().for_each(|x| *x = (*x * (1.0 - rng.unit() / 512.0)) as f32 as f64);
+                            let dtype = if case.op == Op::InfiniReadBackward { case.gradients.o } else { Dtype::F32 };
+                            row.iter_mut().for_each(|x| *x = round(*x * (1.0 - rng.unit() / 512.0), dtype));
                         }
+                        DO | DMemO => {
+                            source.value(r, h, row);
+                            let dtype = case.gradients.d_o;
+                            row.iter_mut().for_each(|x| *x = round(*x * (1.0 - rng.unit() / 512.0), dtype));
+                        }
+                        DLse | DMemLse => row[0] = rng.normal() as f32 as f64,
                         Beta => row[0] = beta(&mut rng),
                         _ if absent.chance(1, 8) => row[0] = f64::NEG_INFINITY,
                         _ => row[0] = sink(distribution, &mut rng),

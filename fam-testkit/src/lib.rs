@@ -21,6 +21,7 @@
 
 mod append;
 mod attend;
+mod attend_backward;
 mod case;
 mod casefile;
 mod check;
@@ -32,14 +33,18 @@ mod endless;
 mod fill;
 mod finite;
 mod generate;
+mod gradient;
+mod gradient_bound;
 mod guard;
 mod harness;
+mod infini_backward;
 mod infini_read;
 mod infini_write;
 mod invalid;
 mod judge;
 mod launch;
 mod merge;
+mod merge_backward;
 mod nonfinite;
 mod oracle;
 mod properties;
@@ -51,7 +56,7 @@ mod streams;
 mod tolerance;
 mod wild;
 
-pub use case::{Case, Filter, KeySource, Strides, Style};
+pub use case::{Case, Filter, Gradients, KeySource, Strides, Style};
 pub use casefile::{CaseFile, InfiniCase, OUTPUTS, Tensor, read_file, read_outputs, write_outputs};
 pub use check::{Bias, Element, Tally, Worst, Wrong, edges};
 pub use coverage::Coverage;

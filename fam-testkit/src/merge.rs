@@ -104,12 +104,12 @@ fn check_row(
     Ok(())
 }
 
-fn rows([batch, blocks, rows, ..]: [usize; 5]) -> impl Iterator<Item = [usize; 3]> {
+pub(crate) fn rows([batch, blocks, rows, ..]: [usize; 5]) -> impl Iterator<Item = [usize; 3]> {
     (0..batch).flat_map(move |n| (0..blocks).flat_map(move |i| (0..rows).map(move |r| [n, i, r])))
 }
 
 /// Puts the values into the tensor; where rows share memory, the values become what is there.
-fn settled(values: &mut Array<5>, mut tensor: Tensor) -> Tensor {
+pub(crate) fn settled(values: &mut Array<5>, mut tensor: Tensor) -> Tensor {
     let shape = values.shape;
     for [n, i, r] in rows(shape) {
         (0..shape[3]).for_each(|h| tensor.put([n, i, r, h], values.row(&[n, i, r, h])));
@@ -120,7 +120,7 @@ fn settled(values: &mut Array<5>, mut tensor: Tensor) -> Tensor {
     tensor
 }
 
-fn read<H: Harness + ?Sized>(h: &H, loaded: Loaded<H>) -> Result<Array<5>, Stop> {
+pub(crate) fn read<H: Harness + ?Sized>(h: &H, loaded: Loaded<H>) -> Result<Array<5>, Stop> {
     let shape = loaded.host.layout.shape;
     let tensor = loaded.finish(h, rows(shape))?;
     let mut values = Array::zeros(shape);
@@ -130,7 +130,7 @@ fn read<H: Harness + ?Sized>(h: &H, loaded: Loaded<H>) -> Result<Array<5>, Stop>
     Ok(values)
 }
 
-fn draw(case: &Case, sizes: [usize; 5]) -> [Part; 2] {
+pub(crate) fn draw(case: &Case, sizes: [usize; 5]) -> [Part; 2] {
     let dtype = case.shape.dtype();
     let mut rng = Rng::of(case.seed, "merge");
     let mut source = Source::new(case.distribution, dtype, [sizes[3], sizes[4]], 1.0, sizes[2], Rng::of(case.seed, "parts"));

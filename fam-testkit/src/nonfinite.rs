@@ -25,11 +25,20 @@ pub(crate) fn spoil(case: &Case, data: &mut Data) {
             let role = rng.pick(&[Role::Q, Role::MemQ, Role::K, Role::V, Role::MemK, Role::MemV]);
             scatter(case, data, role, &kinds, &mut rng);
         }
+        // What a NaN or an infinity reaches is unspecified.
+        Op::AttendBackward => {
+            let role = rng.pick(&[Role::Q, Role::MemQ, Role::K, Role::V, Role::MemK, Role::MemV, Role::DO, Role::DMemO, Role::DLse]);
+            scatter(case, data, role, &kinds, &mut rng);
+        }
+        Op::InfiniReadBackward => {
+            let role = rng.pick(&[Role::OLocal, Role::InfiniQ, Role::M, Role::Z, Role::Beta, Role::DO]);
+            scatter(case, data, role, &kinds, &mut rng);
+        }
         Op::InfiniRead => {
             let role = rng.pick(&[Role::OLocal, Role::InfiniQ, Role::M, Role::Z, Role::Beta]);
             scatter(case, data, role, if role == Role::OLocal { &kinds } else { &[f64::NAN] }, &mut rng);
         }
-        Op::InfiniWrite => {
+        Op::InfiniWrite | Op::InfiniWriteBackward => {
             let role = rng.pick(&[Role::V, Role::K, Role::M, Role::Z]);
             scatter(case, data, role, if role == Role::V { &kinds } else { &[f64::NAN] }, &mut rng);
         }

@@ -8,7 +8,7 @@ use fam_ref::{Array, Attended};
 use std::ops::Range;
 
 /// S of a row whose logits are exact in f32: the largest distance from the maximum that still carries weight.
-const CARRIED: f64 = 40.0;
+pub(crate) const CARRIED: f64 = 40.0;
 
 /// Rows, and keys, of the largest tiles in use: how far a tile may reach where a kernel does not say.
 pub(crate) const LARGEST_TILE: usize = 128;
@@ -50,18 +50,7 @@ impl Problem {
     /// # Errors
     /// Where tensors do not fit each other.
     pub fn new(inputs: Inputs) -> Result<Self> {
-        let [mem_k, mem_v] = inputs.mem.as_ref().map_or([None; 2], |[k, v]| [Some(k), Some(v)]);
-        let attended = fam_ref::attend(&fam_ref::Attend {
-            shape: &inputs.shape,
-            spans: &inputs.spans,
-            q: inputs.q.as_ref(),
-            mem_q: inputs.mem_q.as_ref(),
-            k: &inputs.k,
-            v: &inputs.v,
-            mem_k,
-            mem_v,
-            sink: inputs.sink.as_deref(),
-        })?;
+        let attended = fam_ref::attend(&inputs.args())?;
         let streams = inputs.spans.iter().enumerate();
         let seen = streams.map(|(n, span)| (0..inputs.shape.kv_heads()).map(|h| inputs.seen(n, span, h)).collect()).collect();
         Ok(Problem { inputs, attended, seen })
@@ -182,6 +171,22 @@ pub(crate) fn near(span: &Span, r: usize) -> Range<u64> {
 }
 
 impl Inputs {
+    /// As the reference takes them.
+    pub fn args(&self) -> fam_ref::Attend<'_> {
+        let [mem_k, mem_v] = self.mem.as_ref().map_or([None; 2], |[k, v]| [Some(k), Some(v)]);
+        fam_ref::Attend {
+            shape: &self.shape,
+            spans: &self.spans,
+            q: self.q.as_ref(),
+            mem_q: self.mem_q.as_ref(),
+            k: &self.k,
+            v: &self.v,
+            mem_k,
+            mem_v,
+            sink: self.sink.as_deref(),
+        }
+    }
+
     /// What is finite among the keys and values of one stream and kv head, and where the rest is.
     fn seen(&self, n: usize, span: &Span, h: usize) -> Seen {
         let mut seen = Seen { finite: Finite::new(self.shape.head_dim()), positions: Vec::new(), blocks: Vec::new() };
@@ -219,7 +224,7 @@ impl Inputs {
 
 /// Whether f32 forms the logit of q and k exactly, in any order: all products are integers times one power of two, 24 bits hold the sum
 /// of their magnitudes, and the scale is a power of two that neither over- nor underflows.
-fn is_exact(q: &[f64], k: &[f64], scale: f64) -> bool {
+pub(crate) fn is_exact(q: &[f64], k: &[f64], scale: f64) -> bool {
     let products = || q.iter().zip(k).filter(|(q, k)| **q != 0.0 && **k != 0.0);
     let Some(unit) = products().map(|(q, k)| lowest_bit(*q) + lowest_bit(*k)).min() else { return true };
     let sum: f64 = products().map(|(q, k)| (q * k).abs()).sum();

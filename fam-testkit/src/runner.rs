@@ -9,7 +9,7 @@ use crate::harness::Harness;
 use crate::launch::{Stop, digest};
 use crate::rng::case_seed;
 use crate::tolerance::Level;
-use crate::{append, attend, infini_read, infini_write, merge};
+use crate::{append, attend, attend_backward, infini_backward, infini_read, infini_write, merge, merge_backward};
 use fam_core::Op;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -51,6 +51,10 @@ pub fn run_case<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Outcom
         Op::InfiniRead => infini_read::run(h, case, level),
         Op::InfiniWrite => infini_write::run(h, case, level),
         Op::Merge => merge::run(h, case, level),
+        Op::AttendBackward => attend_backward::run(h, case, level),
+        Op::InfiniReadBackward => infini_backward::read(h, case, level),
+        Op::InfiniWriteBackward => infini_backward::write(h, case, level),
+        Op::MergeBackward => merge_backward::run(h, case, level),
         other => Err(Stop::Skipped(format!("no cases for {other}"))),
     })
 }
@@ -103,6 +107,8 @@ pub enum Budget {
 /// What a suite runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SuiteOptions {
+    /// Cases of the backward ops instead of those of the forward ops.
+    pub gradients: bool,
     /// Decides every case.
     pub seed: u64,
     /// How many.
@@ -120,9 +126,10 @@ pub struct SuiteOptions {
 }
 
 impl Default for SuiteOptions {
-    /// 1,000 cases of seed 1 on one thread, no filter, HARD.
+    /// 1,000 cases of the forward ops of seed 1 on one thread, no filter, HARD.
     fn default() -> Self {
         SuiteOptions {
+            gradients: false,
             seed: 1,
             budget: Budget::Cases(1000),
             filter: Filter::default(),
@@ -264,7 +271,8 @@ pub fn run_suite<H: Harness + Sync + ?Sized>(
                 if index % shards != shard % shards {
                     continue;
                 }
-                let Some(case) = Case::generate(case_seed(options.seed, index), &options.filter) else { continue };
+                let generate = if options.gradients { Case::generate_gradient } else { Case::generate };
+                let Some(case) = generate(case_seed(options.seed, index), &options.filter) else { continue };
                 progress(Event::Start { index, case: &case });
                 (index, case)
             };
