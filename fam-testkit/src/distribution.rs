@@ -151,7 +151,9 @@ impl Distribution {
     pub fn of(op: Op) -> Vec<Distribution> {
         let all = Self::ALL.into_iter();
         match op {
-            Op::InfiniRead | Op::InfiniWrite | Op::InfiniReadBackward | Op::InfiniWriteBackward => all.filter(|d| d.without_logits() == *d).collect(),
+            Op::InfiniRead | Op::InfiniWrite | Op::InfiniReadBackward | Op::InfiniWriteBackward => {
+                all.filter(|d| d.without_logits() == *d).collect()
+            }
             // Of a part only o and lse are seen: no keys, no queries.
             Op::Merge | Op::MergeBackward => all
                 .filter(|d| !matches!(d, F16Limit | F32Limit | Needle | ConstantK | Ascending | Descending | Sawtooth))

@@ -14,7 +14,7 @@
 pub(crate) mod infini;
 
 use crate::check::Rule;
-use crate::distribution::largest;
+use crate::distribution::{exp2, largest};
 use crate::rows::{CARRIED, is_exact};
 use crate::tolerance::{Bound, Level, Limits, NanReach, Tolerance, U32, tiny};
 use fam_core::{Dtype, Result};
@@ -29,6 +29,8 @@ pub(crate) struct Sum {
     pub terms: f64,
     /// Σ |terms|.
     pub magnitude: f64,
+    /// The same of what the terms are made of, where those are differences: a bound as large as that judges nothing.
+    pub made_of: f64,
     /// The largest Σ |terms| on the way, e.g. before a scale: beyond f32 nothing is known.
     pub peak: f64,
     /// Of the terms, not of adding them; not finite where a term is unspecified.
@@ -36,10 +38,16 @@ pub(crate) struct Sum {
 }
 
 impl Sum {
-    /// One more term, of which a multiple of magnitude `peak` may be formed on the way.
+    /// One more term, of which numbers of magnitude `peak` may be formed on the way.
     pub fn add(&mut self, magnitude: f64, peak: f64, error: f64) {
+        self.add_made_of(magnitude, magnitude, peak, error);
+    }
+
+    /// One more term that is a difference of what has magnitude `made_of`.
+    pub fn add_made_of(&mut self, made_of: f64, magnitude: f64, peak: f64, error: f64) {
         self.terms += 1.0;
         self.magnitude += magnitude;
+        self.made_of += made_of;
         self.peak += peak.max(magnitude);
         self.error += error;
     }
@@ -48,6 +56,7 @@ impl Sum {
     pub fn join(&mut self, other: &Sum) {
         self.terms += other.terms;
         self.magnitude += other.magnitude;
+        self.made_of += other.made_of;
         self.peak += other.peak;
         self.error += other.error;
     }
@@ -62,7 +71,7 @@ impl Sum {
         let underflow = LEAST * self.terms + tiny(dtype);
         let bound = self.error + U32 * roundings * magnitude + dtype.unit_roundoff() * expected.abs() + underflow;
         let is_within = self.peak + old.abs() <= f64::from(f32::MAX) && expected.abs() + bound <= largest(dtype);
-        if is_within { Rule::Near(Tolerance { bound, magnitude }) } else { Rule::Any }
+        if is_within { Rule::Near(Tolerance { bound, magnitude: self.made_of + old.abs() }) } else { Rule::Any }
     }
 }
 
@@ -201,6 +210,10 @@ impl<'a> Query<'a> {
         d_lse: Option<&'a Array<4>>,
     ) -> Option<Self> {
         let at @ [n, _, r, h] = row.at;
+        // An empty row passes nothing on, whatever else there is of it.
+        if saved.lse[at] == f64::NEG_INFINITY {
+            return None;
+        }
         let q = if is_memory { args.mem_q?.row(&at) } else { args.q?.row(&[n, r, h]) };
         let (memory, tokens) = args.key_places(&row);
         let memory = match (args.mem_k, args.mem_v) {
@@ -212,16 +225,10 @@ impl<'a> Query<'a> {
         let d_lse = d_lse.map_or(0.0, |d_lse| d_lse[at]);
         let mut query = Query { at, kv_head: h / args.shape.group(), q, o, lse, d_o, d_lse, memory, tokens, is_finite: true };
         let sink = args.sink.map(|sink| sink[h]).filter(|sink| *sink != f64::NEG_INFINITY).unwrap_or(0.0);
-        // Of an empty row nothing is looked at.
-        let lse_or_empty = if query.keys() == 0.0 && lse == f64::NEG_INFINITY { 0.0 } else { lse };
         let of_keys = query.memory.iter().chain(&query.tokens).flat_map(|(_, k, v)| [*k, *v]);
-        let mut all = [q, o, d_o].into_iter().chain(of_keys).flatten().chain([&lse_or_empty, &d_lse, &sink]);
+        let mut all = [q, o, d_o].into_iter().chain(of_keys).flatten().chain([&lse, &d_lse, &sink]);
         query.is_finite = all.all(|x| x.is_finite());
         Some(query)
-    }
-
-    fn keys(&self) -> f64 {
-        (self.memory.len() + self.tokens.len()) as f64
     }
 
     /// Stream and kv head.
@@ -240,7 +247,7 @@ impl AttendBounds {
         if let (Some(d_sink), Some(sink)) = (&mut self.d_sink, sink) {
             let [sum] = d_sink.sums_mut([0, 0, 0, row.at[3]]) else { return };
             let total = d_out + row.d_lse.abs();
-            let (p, error) = if row.lse == f64::NEG_INFINITY || sink == f64::NEG_INFINITY {
+            let (p, error) = if sink == f64::NEG_INFINITY {
                 (0.0, 0.0)
             } else {
                 let exponent = 2.0 * sink.abs().min(CARRIED) + 2.0 * row.lse.abs().min(CARRIED) + 3.0 * (sink - row.lse).abs();
@@ -273,20 +280,13 @@ struct Pair {
     p_error: f64,
     d_logit: f64,
     d_logit_error: f64,
+    /// p T.
+    made_of: f64,
 }
 
 impl Pair {
     #[allow(clippy::too_many_arguments)] // What a row's keys share is computed once.
-    fn new(
-        args: &Attend,
-        row: &Query,
-        k: &[f64],
-        v: &[f64],
-        delta: f64,
-        d_out: f64,
-        products: f64,
-        bound: &Bound<'_>,
-    ) -> Self {
+    fn new(args: &Attend, row: &Query, k: &[f64], v: &[f64], delta: f64, d_out: f64, products: f64, bound: &Bound<'_>) -> Self {
         let scale = f64::from(args.shape.scale());
         let dots = magnitude_of(row.q, k);
         let s_abs = scale.abs() * dots;
@@ -296,14 +296,20 @@ impl Pair {
             (s, lse) = (CARRIED, lse.min(CARRIED));
         }
         let exponent = products * s + 2.0 * lse + 3.0 * difference.abs() + 8.0;
+        // So far below 0 exp is 0 in f32, however its argument was rounded: p is lost whole, and no more than that.
+        let is_nothing = difference + U32 * exponent < -110.0;
         let p = difference.exp();
-        let p_error = within_f32(dots.max(s_abs), p * (U32 * exponent).exp_m1() + LEAST);
+        let p_error = if is_nothing { 2.0 * p } else { p * (U32 * exponent).exp_m1() + LEAST };
+        let p_error = within_f32(dots.max(s_abs), p_error);
         let x = dot(row.d_o, v) - delta + row.d_lse;
         let total = magnitude_of(row.d_o, v) + d_out + row.d_lse.abs();
         let x_error = within_f32(total, U32 * products * total + LEAST * products);
         let d_logit = p * x;
-        let d_logit_error = (p + p_error) * x_error + p_error * x.abs() + 2.0 * U32 * d_logit.abs() + LEAST;
-        let mut pair = Pair { scale, p, p_error, d_logit, d_logit_error };
+        // 0 times what is beyond f32 is no number.
+        let through = if x_error.is_finite() { (p + p_error) * x_error } else { f64::INFINITY };
+        let lost = if is_nothing { 0.0 } else { LEAST };
+        let d_logit_error = through + p_error * x.abs() + 2.0 * U32 * d_logit.abs() + lost;
+        let mut pair = Pair { scale, p, p_error, d_logit, d_logit_error, made_of: p * total };
         // P16, and dS16: both are rounded to 16 bits before they meet a matrix.
         if let Some(p16) = bound.p16 {
             let rounded = |x: f64| 1.01 * p16.unit_roundoff() * x.abs() + tiny(p16);
@@ -318,16 +324,17 @@ impl Pair {
 
     /// What the pair adds to the gradients of its key, its value and its query.
     fn pass(&self, row: &Query, k: &[f64], d_k: &mut [Sum], d_v: &mut [Sum], d_q: &mut [Sum]) {
-        let Pair { scale, p, p_error, d_logit, d_logit_error } = *self;
+        let Pair { scale, p, p_error, d_logit, d_logit_error, made_of } = *self;
         let (scale, most) = (scale.abs(), scale.abs().max(1.0));
         // An error times 0 is nothing, unless it is no number.
         let times = |error: f64, x: f64| if error.is_finite() { error * x.abs() } else { f64::INFINITY };
         let through = |sum: &mut Sum, x: f64| {
             let term = (d_logit * x).abs();
-            sum.add(scale * term, most * term, scale * times(d_logit_error, x) + LEAST * most * (1.0 + x.abs()));
+            let error = scale * times(d_logit_error, x) + if p > exp2(-150) { LEAST * most * (1.0 + x.abs()) } else { 0.0 };
+            sum.add_made_of(scale * made_of * x.abs(), scale * term, most * term, error);
         };
         for (c, &d_o) in row.d_o.iter().enumerate() {
-            d_v[c].add(p * d_o.abs(), 0.0, times(p_error, d_o) + LEAST * d_o.abs());
+            d_v[c].add(p * d_o.abs(), 0.0, times(p_error, d_o));
             through(&mut d_k[c], row.q[c]);
             through(&mut d_q[c], k[c]);
         }

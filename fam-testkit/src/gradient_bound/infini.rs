@@ -72,6 +72,7 @@ impl Retrieval {
             let term = (a * d_a).abs();
             [magnitude + term, error + a_error * (d_a.abs() + d_error) + a.abs() * d_error + unit * term + LEAST]
         });
+        peak = peak.max(through[0]);
         let all = a.iter().zip(d_a).map(|([a, _], [d_a, _])| a * d_a).sum::<f64>();
         let d_q = (0..d).map(|i| {
             let (mut value, mut magnitude, mut error) = (-z[i] * all, z[i].abs() * through[0], z[i].abs() * through[1]);
@@ -178,7 +179,7 @@ pub(crate) fn read(case: &Case, data: &Data, checker: &Checker<'_>) -> Result<Re
             sum.add(rest * d_o.abs(), 0.0, error(rest_error * d_o.abs() + LEAST));
         }
         if let Some(retrieval) = &retrieval {
-            retrieval.pass(&d_a, is_finite, &mut bounds.d_m, &mut bounds.d_z, [n, i, kv]);
+            retrieval.pass(&d_a, is_finite && most <= f64::from(f32::MAX), &mut bounds.d_m, &mut bounds.d_z, [n, i, kv]);
         }
         let a_error = |c: usize| retrieval.as_ref().map_or(0.0, |r| r.a[c][1]);
         let total = magnitude_of(d_o, &a) + magnitude_of(d_o, o_local);
@@ -272,11 +273,16 @@ impl WriteBounds {
         let d = z.len();
         let (s, unit) = (feature(k, false), U32 * products(level, d));
         let d_u = |j: usize| {
-            let terms = s.iter().zip(d_m.chunks_exact(d)).map(|([s, error], row)| [s * row[j], (error + unit * s) * row[j].abs() + LEAST]);
+            let terms = s
+                .iter()
+                .zip(d_m.chunks_exact(d))
+                .map(|([s, error], row)| [s * row[j], (error + unit * s) * row[j].abs() + LEAST]);
             terms.fold([0.0, 0.0, 0.0], |[sum, magnitude, error], [term, e]| [sum + term, magnitude + term.abs(), error + e])
         };
         let d_u: Vec<[f64; 3]> = (0..d).map(d_u).collect();
-        let error = |peak: f64, error: f64| if is_finite { within_f32(peak, error) } else { f64::INFINITY };
+        // Where one channel of d_u leaves f32, so does all that is made of it.
+        let most = d_u.iter().fold(0.0, |most: f64, [_, magnitude, _]| most.max(*magnitude));
+        let error = |peak: f64, error: f64| if is_finite { within_f32(peak.max(most), error) } else { f64::INFINITY };
         for (sum, [_, magnitude, of_u]) in self.d_keys[1].sums_mut(at).iter_mut().zip(&d_u) {
             sum.add(*magnitude, 0.0, error(*magnitude, *of_u));
         }
@@ -298,7 +304,8 @@ impl WriteBounds {
             let d_s = dot(row, &values) + d_z[i];
             let [slope, slope_error] = slope(k[i], s[i]);
             let of_s = (slope + slope_error) * (of_u + unit * magnitude) + (slope_error + 2.0 * U32 * slope) * d_s.abs() + LEAST;
-            sum.add(slope * magnitude, magnitude, error(magnitude, of_s));
+            let made_of = slope * (magnitude_of(row, v) + d_z[i].abs()) + slope * magnitude;
+            sum.add_made_of(made_of, slope * magnitude, magnitude, error(magnitude, of_s));
             if let Some(retrieval) = &retrieval {
                 let [magnitude, of_q] = retrieval.d_q[i];
                 sum.add(magnitude, retrieval.peak, error(retrieval.peak, of_q));
@@ -309,9 +316,15 @@ impl WriteBounds {
         } else if !is_finite {
             // The rule may be delta with a z of 0: no number says so.
             for r in 0..d {
-                self.d_m.sums_mut([segment.at[0], segment.at[1], r, segment.at[2]]).iter_mut().for_each(|sum| sum.error = f64::INFINITY);
+                self.d_m
+                    .sums_mut([segment.at[0], segment.at[1], r, segment.at[2]])
+                    .iter_mut()
+                    .for_each(|sum| sum.error = f64::INFINITY);
             }
-            self.d_z.sums_mut([segment.at[0], segment.at[1], 0, segment.at[2]]).iter_mut().for_each(|sum| sum.error = f64::INFINITY);
+            self.d_z
+                .sums_mut([segment.at[0], segment.at[1], 0, segment.at[2]])
+                .iter_mut()
+                .for_each(|sum| sum.error = f64::INFINITY);
         }
         Ok(())
     }

@@ -2,8 +2,9 @@
 //! they catch a wrong one.
 
 use fam_core::{
-    AttendBackward, Backend, Error, HostMemory, InfiniReadBackward, InfiniRule, InfiniWriteBackward, KernelId, KeyGradients, Layout,
-    MergeBackward, Op, Plan, Result, RowsBackward, Shape, Span, Spec, StateGradients, Support, View, ViewMut, Window, bf16, f16,
+    AttendBackward, Backend, Error, HostMemory, InfiniReadBackward, InfiniRule, InfiniWriteBackward, KernelId, KeyGradients,
+    Layout, MergeBackward, Op, Plan, Result, RowsBackward, Shape, Span, Spec, StateGradients, Support, View, ViewMut, Window,
+    bf16, f16,
 };
 use fam_testkit::{Harness, Queue};
 
@@ -171,7 +172,10 @@ impl Naive {
 
     fn attend(&self, plan: &(Spec, Support), args: AttendBackward<'_, [u8]>) {
         let (spec, shape) = (&plan.0, plan.0.shape());
-        let collectors = || Keys { k: Collector::new(shape.kv_heads(), shape.head_dim()), v: Collector::new(shape.kv_heads(), shape.head_dim()) };
+        let collectors = || Keys {
+            k: Collector::new(shape.kv_heads(), shape.head_dim()),
+            v: Collector::new(shape.kv_heads(), shape.head_dim()),
+        };
         let (mut tokens, mut memory, mut sinks) = (collectors(), collectors(), Collector::new(shape.heads(), 1));
         let AttendBackward { spans, mut rows, mut mem_rows, k, v, mem, sink, d_keys, d_mem, d_sink, .. } = args;
         for n in 0..spans.batch() {
@@ -220,7 +224,8 @@ impl Naive {
                         let tokens_at = positions.clone().map(|p| [slot, 0, row_of(p), kv]);
                         seen.extend(tokens_at.map(|at| (false, at, input(&k, at), input(&v, at))));
                         let sink = sink.as_ref().map(|sink| input(sink, [0, 0, 0, h])[0]);
-                        let wants = [!is_memory || !self.is("attend-keys-one-group"), is_memory || !self.is("attend-mem-one-group")];
+                        let wants =
+                            [!is_memory || !self.is("attend-keys-one-group"), is_memory || !self.is("attend-mem-one-group")];
                         self.row(shape, group, [n, i, r, h], &seen, sink, wants, [&mut tokens, &mut memory], &mut sinks);
                     }
                 }
@@ -403,7 +408,8 @@ impl Naive {
                 continue;
             }
             let completed = (span.end() / b - span.start / b) as usize;
-            let segments: Vec<usize> = if self.is("write-order") { (0..completed).collect() } else { (0..completed).rev().collect() };
+            let segments: Vec<usize> =
+                if self.is("write-order") { (0..completed).collect() } else { (0..completed).rev().collect() };
             for (i, kv) in segments.into_iter().flat_map(|i| (0..shape.kv_heads()).map(move |kv| (i, kv))) {
                 let slot = span.slot as usize;
                 let (read, written) = ((span.state_entry as usize + i) % entries, (span.state_entry as usize + i + 1) % entries);
@@ -425,7 +431,8 @@ impl Naive {
                     let at = [slot, 0, (position - span.origin) as usize, kv];
                     let (key, value) = (input(&k, at), input(&v, at));
                     let s: Vec<f32> = key.iter().map(|x| sigma(*x)).collect();
-                    let d_u: Vec<f32> = (0..d).map(|j| self.sum(&(0..d).map(|i| s[i] * upstream[i][j]).collect::<Vec<_>>())).collect();
+                    let d_u: Vec<f32> =
+                        (0..d).map(|j| self.sum(&(0..d).map(|i| s[i] * upstream[i][j]).collect::<Vec<_>>())).collect();
                     let mut u = value;
                     let mut of_read = vec![0.0; d];
                     if shape.infini() == Some(InfiniRule::Delta) {
