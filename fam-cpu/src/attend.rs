@@ -60,6 +60,7 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scra
         mem: args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)),
         sink: args.sink.as_ref().map(Input::<f32>::new),
         infini: args.infini.as_ref().map(State::<T>::new),
+        o_local: args.o_local.map(|view| Output::new(view, owner(row_tiles, 0))),
         sign: if scale == 0.0 { 0.0 } else { scale.signum() },
         unit: if scale == 0.0 { 1.0 } else { scale.abs() },
     };
@@ -81,6 +82,8 @@ struct Kernel<'a, T> {
     mem: Option<Cache<'a, T>>,
     sink: Option<Input<'a, f32>>,
     infini: Option<State<'a, T>>,
+    /// The block rows' output before the gate.
+    o_local: Option<Output<'a>>,
     /// The scale is `sign` · `unit`. The sign goes into q, where it costs nothing and is exact, so that the largest product is the largest
     /// logit; the rest is applied to the difference of two products. Of a scale of 0 the sign is 0.
     sign: f32,
@@ -215,6 +218,9 @@ impl<T: Convert> Kernel<'_, T> {
                 for (o, weight) in acc.chunks_exact_mut(V::LANES).zip(weights.chunks_exact(V::LANES)) {
                     V::load(o).mul(V::load(weight)).store(o);
                 }
+            }
+            if let (Some(o_local), false) = (&self.o_local, piece.is_memory) {
+                pack::unpack::<V>(acc, count, b.stage, |r, o| o_local.write(task, at(first + r), &o[..shape.head_dim()]));
             }
             if let (Some(state), false) = (&self.infini, piece.is_memory) {
                 let row = |r: usize| mutate!("infini-rotated-query", state.q.row(at(r)), rows.q.row(at(r)));

@@ -68,7 +68,7 @@ fn of_saved(case: &Case, data: &Data, inputs: &Inputs, saved: &Attended, checker
         d_mem_o: case.mem_rows.then(|| data.get(Role::DMemO)),
         d_mem_lse: d_mem_lse.as_ref().filter(|_| case.mem_rows),
     };
-    gradient_bound::attend(&inputs.args(), saved, &upstream, &checker.bound, checker.limits)
+    gradient_bound::attend(&inputs.args(), saved, &upstream, &checker.bound)
 }
 
 /// The tensors of one group of rows.
@@ -183,6 +183,6 @@ pub(crate) fn check(gradients: &[Collected], bounds: &AttendBounds, checker: &mu
             Role::DMemV => d_mem_v,
             _ => d_sink.as_ref(),
         };
-        bound.into_iter().for_each(|bound| gradient.check(checker, bound));
+        bound.into_iter().for_each(|bound| gradient.check(checker, bound, checker.bound.level));
     }
 }

@@ -9,6 +9,7 @@ use crate::guard::{CANARY, Tensor};
 use crate::harness::{Harness, Mem};
 use crate::launch::{Loaded, Stop};
 use crate::rng::Rng;
+use crate::tolerance::Level;
 use fam_core::{Dtype, ViewMut};
 use fam_ref::Array;
 use std::collections::BTreeMap;
@@ -124,7 +125,7 @@ fn total(gradient: &Gradient, places: &[[usize; 3]], head: usize, c: usize) -> (
 
 impl Collected {
     /// Holds the gradient against the reference's: what was there and what was added to it.
-    pub fn check(&self, checker: &mut Checker<'_>, gradient: &Gradient) {
+    pub fn check(&self, checker: &mut Checker<'_>, gradient: &Gradient, level: Level) {
         let [.., heads, d] = self.after.layout.shape;
         let (mut got, mut before) = (vec![0.0; d], vec![0.0; d]);
         for (&[tn, ti, tr], places) in &self.rows {
@@ -139,7 +140,7 @@ impl Collected {
                     let (old, expected) = (before[c], before[c] + value);
                     let rule = match &self.before {
                         None if sum.terms == 0.0 => Rule::Zero,
-                        _ => sum.rule(checker.bound.level, self.after.layout.dtype, old, expected),
+                        _ => sum.rule(level, self.after.layout.dtype, old, expected),
                     };
                     let at = Element { tensor: self.role.name(), index: [n, i, r, head, c] };
                     checker.element(at, got, expected, rule, false, None);

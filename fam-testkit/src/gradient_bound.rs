@@ -16,7 +16,7 @@ pub(crate) mod infini;
 use crate::check::Rule;
 use crate::distribution::{exp2, largest};
 use crate::rows::{CARRIED, is_exact};
-use crate::tolerance::{Bound, Level, Limits, NanReach, Tolerance, U32, tiny};
+use crate::tolerance::{Bound, Level, Tolerance, U32, tiny};
 use fam_core::{Dtype, Result};
 use fam_ref::{Array, Attend, AttendGradients, AttendUpstream, Attended, Row, Rows};
 
@@ -144,13 +144,7 @@ pub(crate) fn within_f32(magnitude: f64, error: f64) -> f64 {
 ///
 /// # Errors
 /// Those of [`fam_ref::attend_backward`].
-pub(crate) fn attend(
-    args: &Attend,
-    saved: &Attended,
-    upstream: &AttendUpstream,
-    bound: &Bound<'_>,
-    limits: &Limits,
-) -> Result<AttendBounds> {
+pub(crate) fn attend(args: &Attend, saved: &Attended, upstream: &AttendUpstream, bound: &Bound<'_>) -> Result<AttendBounds> {
     let AttendGradients { d_q, d_mem_q, d_k, d_v, d_mem_k, d_mem_v, d_sink } = fam_ref::attend_backward(args, saved, upstream)?;
     let wide = |x: Array<4>| {
         let [n, rows, h, d] = x.shape;
@@ -167,23 +161,24 @@ pub(crate) fn attend(
         (false, args.block_rows(), &saved.rows, upstream.d_o, upstream.d_lse),
         (true, args.mem_rows(), &saved.mem_rows, upstream.d_mem_o, upstream.d_mem_lse),
     ];
+    let mut queries: Vec<Query<'_>> = Vec::new();
     for (is_memory, rows, saved, d_o, d_lse) in groups {
         let (Some(saved), Some(d_o)) = (saved, d_o) else { continue };
-        let rows: Vec<Query<'_>> =
-            rows.into_iter().filter_map(|row| Query::new(args, is_memory, row, saved, d_o, d_lse)).collect();
-        // A kernel whose tiles spread NaN may bring it to any row that shares a stream's keys.
-        let spreads = limits.nan != NanReach::Rows;
-        let reached: Vec<_> = rows.iter().filter(|row| spreads && !row.is_finite).map(Query::keys_of).collect();
-        for mut row in rows {
-            row.is_finite &= !reached.contains(&row.keys_of());
-            bounds.row(args, is_memory, &row, bound);
-        }
+        let rows = rows.into_iter().filter_map(|row| Query::new(args, is_memory, row, saved, d_o, d_lse));
+        queries.extend(rows);
+    }
+    // What one row of a stream and kv head reads may reach all gradients of that stream and head.
+    let reached: Vec<_> = queries.iter().filter(|row| !row.is_finite).map(Query::keys_of).collect();
+    for mut row in queries {
+        row.is_finite &= !reached.contains(&row.keys_of());
+        bounds.row(args, &row, bound);
     }
     Ok(bounds)
 }
 
 /// One query row: what was read of it, and of the keys that it sees.
 struct Query<'a> {
+    is_memory: bool,
     at: [usize; 4],
     kv_head: usize,
     q: &'a [f64],
@@ -210,10 +205,6 @@ impl<'a> Query<'a> {
         d_lse: Option<&'a Array<4>>,
     ) -> Option<Self> {
         let at @ [n, _, r, h] = row.at;
-        // An empty row passes nothing on, whatever else there is of it.
-        if saved.lse[at] == f64::NEG_INFINITY {
-            return None;
-        }
         let q = if is_memory { args.mem_q?.row(&at) } else { args.q?.row(&[n, r, h]) };
         let (memory, tokens) = args.key_places(&row);
         let memory = match (args.mem_k, args.mem_v) {
@@ -223,7 +214,8 @@ impl<'a> Query<'a> {
         let tokens = tokens.map(|at @ [n, t, h]| ([n, 0, t, h], args.k.row(&at), args.v.row(&at))).collect();
         let (o, lse, d_o) = (saved.o.row(&at), saved.lse[at], d_o.row(&at));
         let d_lse = d_lse.map_or(0.0, |d_lse| d_lse[at]);
-        let mut query = Query { at, kv_head: h / args.shape.group(), q, o, lse, d_o, d_lse, memory, tokens, is_finite: true };
+        let mut query =
+            Query { is_memory, at, kv_head: h / args.shape.group(), q, o, lse, d_o, d_lse, memory, tokens, is_finite: true };
         let sink = args.sink.map(|sink| sink[h]).filter(|sink| *sink != f64::NEG_INFINITY).unwrap_or(0.0);
         let of_keys = query.memory.iter().chain(&query.tokens).flat_map(|(_, k, v)| [*k, *v]);
         let mut all = [q, o, d_o].into_iter().chain(of_keys).flatten().chain([&lse, &d_lse, &sink]);
@@ -239,7 +231,7 @@ impl<'a> Query<'a> {
 
 impl AttendBounds {
     /// Adds what one row contributes.
-    fn row(&mut self, args: &Attend, is_memory: bool, row: &Query, bound: &Bound<'_>) {
+    fn row(&mut self, args: &Attend, row: &Query, bound: &Bound<'_>) {
         let products = products(bound.level, row.q.len());
         let d_out = magnitude_of(row.d_o, row.o);
         let delta = dot(row.d_o, row.o);
@@ -257,7 +249,7 @@ impl AttendBounds {
             let error = within_f32(total, (p + error) * U32 * products * total + error * total + LEAST * products);
             sum.add(p * total, total, if row.is_finite { error } else { f64::INFINITY });
         }
-        let d_q = if is_memory { &mut self.d_mem_q } else { &mut self.d_q };
+        let d_q = if row.is_memory { &mut self.d_mem_q } else { &mut self.d_q };
         let Some(d_q) = d_q.as_mut().map(|d_q| d_q.sums_mut(row.at)) else { return };
         let [d_k, d_v] = &mut self.d_keys;
         for (at, k, v) in &row.tokens {
@@ -331,7 +323,9 @@ impl Pair {
         let through = |sum: &mut Sum, x: f64| {
             let term = (d_logit * x).abs();
             let error = scale * times(d_logit_error, x) + if p > exp2(-150) { LEAST * most * (1.0 + x.abs()) } else { 0.0 };
-            sum.add_made_of(scale * made_of * x.abs(), scale * term, most * term, error);
+            // Rounding may leave of a difference more than there is.
+            let peak = most * (term + times(d_logit_error, x));
+            sum.add_made_of(scale * made_of * x.abs(), scale * term, peak, error);
         };
         for (c, &d_o) in row.d_o.iter().enumerate() {
             d_v[c].add(p * d_o.abs(), 0.0, times(p_error, d_o));

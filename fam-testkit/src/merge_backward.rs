@@ -119,7 +119,7 @@ fn check(
     let weight = |part: f64| if is_empty(part) { 0.0 } else { (part - lse).exp() };
     let [p_a, p_b] = [lse_a, lse_b].map(weight);
     let difference = if is_empty(lse_a) || is_empty(lse_b) { 0.0 } else { (lse_a - lse_b).abs() };
-    let level = checker.bound.level;
+    let level = Level::Hard;
     // d_o·(o_a − o_b), weighed with the other part's p; 0 beside an empty part.
     let apart = if p_a * p_b > 0.0 { magnitude_of(d_o, o_a) + magnitude_of(d_o, o_b) } else { 0.0 };
     for (part, (p, other)) in [(p_a, p_b), (p_b, p_a)].into_iter().enumerate() {

@@ -26,7 +26,6 @@ pub(crate) fn spoil(case: &Case, data: &mut Data) {
             scatter(case, data, role, &kinds, &mut rng);
         }
         // What a NaN or an infinity reaches is unspecified.
-        Op::AttendBackward if rng.chance(1, 4) => hide_keys(case, data, &mut rng),
         Op::AttendBackward => {
             let role =
                 rng.pick(&[Role::Q, Role::MemQ, Role::K, Role::V, Role::MemK, Role::MemV, Role::DO, Role::DMemO, Role::DLse]);

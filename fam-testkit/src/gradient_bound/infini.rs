@@ -9,10 +9,9 @@
 use super::{Gradient, LEAST, dot, magnitude_of, products, within_f32};
 use crate::attend::Reads;
 use crate::case::Case;
-use crate::check::Checker;
 use crate::data::{Data, Role};
 use crate::distribution::exp2;
-use crate::tolerance::{Level, NanReach, U32};
+use crate::tolerance::{Level, U32};
 use fam_core::{InfiniRule, Result};
 use fam_ref::sigma;
 
@@ -36,27 +35,29 @@ fn slope(x: f64, s: [f64; 2]) -> [f64; 2] {
 /// A row's read differentiated, each quantity beside the bound of its error. Nothing where z is all 0.
 struct Retrieval {
     a: Vec<[f64; 2]>,
-    /// s_i / (s·z).
+    /// s_i / (s·z), and s·z.
     weight: Vec<[f64; 2]>,
+    den: f64,
     /// d_a·a: the magnitude of its terms, and the error.
     through: [f64; 2],
     /// Of d_q, as `through`.
     d_q: Vec<[f64; 2]>,
-    /// The largest magnitude on the way.
+    /// The largest magnitude on the way: d_a may meet m before the division or after it.
     peak: f64,
 }
 
 impl Retrieval {
-    fn new(q: &[f64], m: &[f64], z: &[f64], d_a: &[[f64; 2]], level: Level) -> Option<Self> {
+    fn new(q: &[f64], m: &[f64], z: &[f64], d_a: &[[f64; 2]]) -> Option<Self> {
         if z.iter().all(|z| *z == 0.0) {
             return None;
         }
         let d = q.len();
-        let (s, unit) = (feature(q, true), U32 * products(level, d));
+        let (s, unit) = (feature(q, true), U32 * products(Level::Hard, d));
         let den = s.iter().zip(z).map(|([s, _], z)| s * z).sum::<f64>().abs();
         // Relative.
         let den_error = s.iter().zip(z).map(|([s, error], z)| (error + unit * s) * z.abs()).sum::<f64>() / den;
-        let weight: Vec<_> = s.iter().map(|[s, error]| [s / den, error / den + (den_error + 3.0 * U32) * s / den]).collect();
+        let weight = |[s, error]: &[f64; 2]| [s / den, error / den + (den_error + 3.0 * U32) * s / den + LEAST];
+        let weight: Vec<_> = s.iter().map(weight).collect();
         let column = |j: usize| {
             let (mut a, mut magnitude, mut error) = (0.0, 0.0, LEAST);
             for ([s, s_error], row) in s.iter().zip(m.chunks_exact(d)) {
@@ -72,23 +73,27 @@ impl Retrieval {
             let term = (a * d_a).abs();
             [magnitude + term, error + a_error * (d_a.abs() + d_error) + a.abs() * d_error + unit * term + LEAST]
         });
-        peak = peak.max(through[0]);
+        let largest = d_a.iter().fold(through[0], |largest, [d_a, _]| largest.max(d_a.abs()));
+        peak = peak.max(largest).max(largest / den);
         let all = a.iter().zip(d_a).map(|([a, _], [d_a, _])| a * d_a).sum::<f64>();
         let d_q = (0..d).map(|i| {
             let (mut value, mut magnitude, mut error) = (-z[i] * all, z[i].abs() * through[0], z[i].abs() * through[1]);
+            // Where the division comes first, its result may be subnormal.
+            let mut divided = LEAST * z[i].abs();
             for (m, [d_a, d_error]) in m[i * d..][..d].iter().zip(d_a) {
                 value += m * d_a;
                 magnitude += (m * d_a).abs();
                 error += m.abs() * d_error + LEAST;
+                divided += LEAST * m.abs();
             }
             error += unit * magnitude;
             peak = peak.max(magnitude);
             let [slope, slope_error] = slope(q[i], s[i]);
-            let d_s = [value.abs() / den, error / den + (den_error + 2.0 * U32) * value.abs() / den];
+            let d_s = [value.abs() / den, divided + error / den + (den_error + 2.0 * U32) * value.abs() / den];
             [slope * magnitude / den, (slope + slope_error) * d_s[1] + (slope_error + 2.0 * U32 * slope) * d_s[0] + LEAST]
         });
         let d_q = d_q.collect();
-        Some(Retrieval { a, weight, through, d_q, peak })
+        Some(Retrieval { a, weight, den, through, d_q, peak })
     }
 
     /// Adds what the read passes to m and z.
@@ -96,11 +101,12 @@ impl Retrieval {
         let error = |error: f64| if is_finite { within_f32(self.peak, error) } else { f64::INFINITY };
         let [all, all_error] = self.through;
         for (r, [w, w_error]) in self.weight.iter().enumerate() {
+            let s = w * self.den;
             for (sum, [d_a, d_error]) in d_m.sums_mut([n, i, r, kv]).iter_mut().zip(d_a) {
                 let term = (w * d_a).abs();
-                sum.add(term, 0.0, error(w_error * (d_a.abs() + d_error) + w * d_error + 2.0 * U32 * term + LEAST));
+                sum.add(term, 0.0, error(w_error * (d_a.abs() + d_error) + w * d_error + 2.0 * U32 * term + LEAST * (1.0 + s)));
             }
-            let of_z = error(w_error * (all + all_error) + w * all_error + 2.0 * U32 * w * all + LEAST);
+            let of_z = error(w_error * (all + all_error) + w * all_error + 2.0 * U32 * w * all + LEAST * (1.0 + s));
             d_z.sums_mut([n, i, 0, kv])[r].add(w * all, 0.0, of_z);
         }
     }
@@ -131,12 +137,12 @@ pub(crate) struct ReadBounds {
 ///
 /// # Errors
 /// Where tensors do not fit each other.
-pub(crate) fn read(case: &Case, data: &Data, checker: &Checker<'_>) -> Result<ReadBounds> {
+pub(crate) fn read(case: &Case, data: &Data) -> Result<ReadBounds> {
     let zeros = |role| Gradient::zeros(case.sizes(role));
     let [d_q, d_o_local] = [Role::InfiniQ, Role::OLocal].map(zeros);
     let [d_m, d_z, d_beta] = [Role::M, Role::Z, Role::Beta].map(zeros);
     let mut bounds = ReadBounds { d_q, d_o_local, d_m, d_z, d_beta };
-    let (reads, level) = (Reads::new(case, data), checker.bound.level);
+    let reads = Reads::new(case, data);
     let indices: Vec<_> = case
         .places(Role::OLocal)
         .into_iter()
@@ -148,14 +154,13 @@ pub(crate) fn read(case: &Case, data: &Data, checker: &Checker<'_>) -> Result<Re
         is_finite(&of_row) && is_finite(&[m, z, data.get(Role::Beta).row(&[0, 0, 0, at[3]])])
     };
     let kv_of = |[n, _, _, h]: [usize; 4]| [n, h / case.shape.group()];
-    // A kernel whose tiles spread NaN may bring it to any row that shares a stream's state.
-    let spreads = checker.limits.nan != NanReach::Rows;
-    let reached: Vec<_> = indices.iter().filter(|at| spreads && !row_is_finite(**at)).map(|at| kv_of(*at)).collect();
+    // What one row of a stream and kv head reads may reach all gradients of that stream and head.
+    let reached: Vec<_> = indices.iter().filter(|at| !row_is_finite(**at)).map(|at| kv_of(*at)).collect();
     for at @ [n, _, _, h] in indices {
         let ((i, m, z), kv) = (reads.state(at), h / case.shape.group());
         let [q, o_local, d_o] = [Role::InfiniQ, Role::OLocal, Role::DO].map(|role| data.get(role).row(&at));
         let beta = data.get(Role::Beta).data[h];
-        let is_finite = row_is_finite(at) && !reached.contains(&kv_of(at));
+        let is_finite = !reached.contains(&kv_of(at));
         let error = |error: f64| if is_finite { error } else { f64::INFINITY };
 
         // 1. What the reference gives.
@@ -170,7 +175,7 @@ pub(crate) fn read(case: &Case, data: &Data, checker: &Checker<'_>) -> Result<Re
         // 2. How far a kernel may be from it.
         let ([g, g_error], [rest, rest_error]) = (share(beta), share(-beta));
         let d_a: Vec<_> = d_o.iter().map(|d_o| [g * d_o, (g_error + U32 * g) * d_o.abs() + LEAST]).collect();
-        let retrieval = Retrieval::new(q, m, z, &d_a, level);
+        let retrieval = Retrieval::new(q, m, z, &d_a);
         for (c, sum) in bounds.d_q.sums_mut(at).iter_mut().enumerate() {
             let ([magnitude, of_q], peak) = retrieval.as_ref().map_or(([0.0; 2], 0.0), |r| (r.d_q[c], r.peak));
             sum.add(magnitude, peak, error(of_q));
@@ -179,12 +184,12 @@ pub(crate) fn read(case: &Case, data: &Data, checker: &Checker<'_>) -> Result<Re
             sum.add(rest * d_o.abs(), 0.0, error(rest_error * d_o.abs() + LEAST));
         }
         if let Some(retrieval) = &retrieval {
-            retrieval.pass(&d_a, is_finite && most <= f64::from(f32::MAX), &mut bounds.d_m, &mut bounds.d_z, [n, i, kv]);
+            retrieval.pass(&d_a, is_finite, &mut bounds.d_m, &mut bounds.d_z, [n, i, kv]);
         }
         let a_error = |c: usize| retrieval.as_ref().map_or(0.0, |r| r.a[c][1]);
         let total = magnitude_of(d_o, &a) + magnitude_of(d_o, o_local);
         let parts = d_o.iter().enumerate().map(|(c, d_o)| d_o.abs() * a_error(c) + LEAST).sum::<f64>();
-        let parts = parts + U32 * products(level, d_o.len()) * total;
+        let parts = parts + U32 * products(Level::Hard, d_o.len()) * total;
         let of_gate = g * rest_error + rest * g_error + 2.0 * U32 * g * rest;
         let of_beta = (g + g_error) * (rest + rest_error) * parts + of_gate * total;
         bounds.d_beta.sums_mut([0, 0, 0, h])[0].add(g * rest * total, total, error(of_beta));
@@ -218,6 +223,8 @@ pub(crate) struct Segment<'a> {
     pub z: &'a [f64],
     pub d_m: &'a [f64],
     pub d_z: &'a [f64],
+    /// Whether all is finite that the stream's segments of this head read.
+    pub is_finite: bool,
 }
 
 impl WriteBounds {
@@ -230,14 +237,15 @@ impl WriteBounds {
     ///
     /// # Errors
     /// Where tensors do not fit each other.
-    pub fn segment(&mut self, case: &Case, data: &Data, segment: &Segment<'_>, level: Level) -> Result<()> {
-        let Segment { at: [n, i, kv], first, m, z, d_m, d_z } = *segment;
+    pub fn segment(&mut self, case: &Case, data: &Data, segment: &Segment<'_>) -> Result<()> {
+        let Segment { at: [n, i, kv], first, m, z, d_m, d_z, .. } = *segment;
         let d = z.len();
         // What is passed on, one term.
+        let passed = if segment.is_finite { 0.0 } else { f64::INFINITY };
         for (r, row) in d_m.chunks_exact(d).enumerate() {
-            self.d_m.sums_mut([n, i, r, kv]).iter_mut().zip(row).for_each(|(sum, x)| sum.add(x.abs(), 0.0, 0.0));
+            self.d_m.sums_mut([n, i, r, kv]).iter_mut().zip(row).for_each(|(sum, x)| sum.add(x.abs(), 0.0, passed));
         }
-        self.d_z.sums_mut([n, i, 0, kv]).iter_mut().zip(d_z).for_each(|(sum, x)| sum.add(x.abs(), 0.0, 0.0));
+        self.d_z.sums_mut([n, i, 0, kv]).iter_mut().zip(d_z).for_each(|(sum, x)| sum.add(x.abs(), 0.0, passed));
         let Some(first) = first else {
             add_state(&mut self.d_m, &mut self.d_z, segment.at, d_m, d_z);
             return Ok(());
@@ -249,29 +257,21 @@ impl WriteBounds {
         let (k, v) = (rows(Role::K), rows(Role::V));
         let gradients = fam_ref::infini_write_backward(rule, (&k, &v), (m, z), (d_m, d_z))?;
         add_state(&mut self.d_m, &mut self.d_z, segment.at, &gradients.d_m, &gradients.d_z);
-        let is_finite = is_finite(&[m, z, d_m, d_z]) && is_finite(&k) && is_finite(&v);
         for (t, (k, v)) in k.iter().zip(&v).enumerate() {
             let at = [n, 0, first + t, kv];
             self.d_keys[0].value.row_mut(&at).copy_from_slice(&gradients.d_k[t]);
             self.d_keys[1].value.row_mut(&at).copy_from_slice(&gradients.d_v[t]);
-            self.token(segment, rule, (k, v), at, is_finite, level)?;
+            self.token(segment, rule, (k, v), at)?;
         }
         Ok(())
     }
 
     /// The bounds of what one token of a segment gets and gives.
-    fn token(
-        &mut self,
-        segment: &Segment<'_>,
-        rule: InfiniRule,
-        (k, v): (&[f64], &[f64]),
-        at: [usize; 4],
-        is_finite: bool,
-        level: Level,
-    ) -> Result<()> {
+    fn token(&mut self, segment: &Segment<'_>, rule: InfiniRule, (k, v): (&[f64], &[f64]), at: [usize; 4]) -> Result<()> {
         let Segment { m, z, d_m, d_z, .. } = *segment;
+        let is_finite = segment.is_finite && is_finite(&[d_m, d_z]);
         let d = z.len();
-        let (s, unit) = (feature(k, false), U32 * products(level, d));
+        let (s, unit) = (feature(k, false), U32 * products(Level::Hard, d));
         let d_u = |j: usize| {
             let terms = s
                 .iter()
@@ -289,7 +289,7 @@ impl WriteBounds {
 
         // u = v − a, where delta has read a.
         let d_a: Vec<_> = d_u.iter().map(|[sum, _, error]| [-sum, *error]).collect();
-        let retrieval = if rule == InfiniRule::Delta { Retrieval::new(k, m, z, &d_a, level) } else { None };
+        let retrieval = if rule == InfiniRule::Delta { Retrieval::new(k, m, z, &d_a) } else { None };
         let u: Vec<_> = (0..d)
             .map(|j| {
                 let [a, a_error] = retrieval.as_ref().map_or([0.0; 2], |r| r.a[j]);
@@ -312,19 +312,7 @@ impl WriteBounds {
             }
         }
         if let Some(retrieval) = &retrieval {
-            retrieval.pass(&d_a, is_finite, &mut self.d_m, &mut self.d_z, segment.at);
-        } else if !is_finite {
-            // The rule may be delta with a z of 0: no number says so.
-            for r in 0..d {
-                self.d_m
-                    .sums_mut([segment.at[0], segment.at[1], r, segment.at[2]])
-                    .iter_mut()
-                    .for_each(|sum| sum.error = f64::INFINITY);
-            }
-            self.d_z
-                .sums_mut([segment.at[0], segment.at[1], 0, segment.at[2]])
-                .iter_mut()
-                .for_each(|sum| sum.error = f64::INFINITY);
+            retrieval.pass(&d_a, is_finite && most <= f64::from(f32::MAX), &mut self.d_m, &mut self.d_z, segment.at);
         }
         Ok(())
     }
