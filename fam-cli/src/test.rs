@@ -7,8 +7,8 @@ mod tally;
 use crate::backend::{self, Job};
 use crate::report::Report;
 use crate::{Failure, Outcome};
-use check::Check;
 pub use check::seed;
+use check::{Check, Table};
 use fam::{Dtype, Op};
 use fam_testkit::{Filter, Harness, Level};
 use serde_json::json;
@@ -25,6 +25,9 @@ pub struct Args {
     /// Only generated cases of this op.
     #[arg(long, value_parser = op)]
     op: Option<Op>,
+    /// Only generated cases of the backward ops, which are one in five otherwise.
+    #[arg(long)]
+    gradients: bool,
     /// Only generated cases with inputs of this dtype.
     #[arg(long)]
     dtype: Option<Dtype>,
@@ -86,12 +89,21 @@ impl Args {
         Filter { ops: self.op.into_iter().collect(), dtypes: self.dtype.into_iter().collect(), text: self.filter.clone() }
     }
 
+    /// Whose cases are generated: those of all ops, or of the kind that was asked for.
+    fn table(&self) -> Table {
+        match self.op {
+            Some(op) if Op::FORWARD.contains(&op) && !self.gradients => Table::Forward,
+            None if !self.gradients => Table::All,
+            _ => Table::Gradients,
+        }
+    }
+
     /// The checks of this shard with their numbers in the suite; `None` where the search for the next one goes on.
     fn checks(&self) -> impl Iterator<Item = Option<(u64, Check)>> + use<> {
         let cases = self.seconds.is_none().then_some(self.cases);
         let (i, n) = self.shard;
         let mut numbers = 0..;
-        check::suite(self.seed, cases, self.filter()).filter_map(move |check| match check {
+        check::suite(self.seed, cases, self.filter(), self.table()).filter_map(move |check| match check {
             None => Some(None),
             Some(check) => numbers.next().filter(|number| number % n == i).map(|number| Some((number, check))),
         })
@@ -100,7 +112,7 @@ impl Args {
     /// How many checks this shard has, unless the filter leaves fewer cases than were asked for.
     fn count(&self) -> u64 {
         let (i, n) = self.shard;
-        check::count(self.cases, &self.filter()).saturating_sub(i).div_ceil(n)
+        check::count(self.cases, &self.filter(), self.table()).saturating_sub(i).div_ceil(n)
     }
 
     /// The command that runs one check again.
@@ -115,7 +127,8 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
     fam::select(args.backend.backend)?;
     if args.replay.is_none() && args.child_from.is_none() {
         // A filter that nothing passes is bad input rather than a suite of nothing.
-        let found = report.busy("searching", || check::suite(args.seed, Some(1), args.filter()).any(|check| check.is_some()));
+        let search = || check::suite(args.seed, Some(1), args.filter(), args.table()).any(|check| check.is_some());
+        let found = report.busy("searching", search);
         if !found {
             let Filter { ops, dtypes, text } = args.filter();
             return Err(format!("no case of {} matches: ops {ops:?}, dtypes {dtypes:?}, text {text:?}", check::TRIES).into());

@@ -50,6 +50,10 @@ impl Coverage {
             ("out", name(case.out_dtype.name())),
             ("sink", flag(case.sink)),
             ("lse", flag(case.lse)),
+            ("d_lse", flag(case.gradients.d_lse)),
+            ("saved", name(case.gradients.o.name())),
+            ("d_o", name(case.gradients.d_o.name())),
+            ("o_local", flag(case.fused && case.o_local)),
             ("fused infini", flag(case.fused)),
             (
                 "device spans",
@@ -111,10 +115,10 @@ impl Coverage {
         self.by_input.keys().map(|(_, op, dtype)| (op, dtype)).collect::<BTreeSet<_>>().len()
     }
 
-    /// What no case had, though it says something about an op: pairs of distribution and dtype, and values of every axis.
-    pub fn gaps(&self) -> Vec<String> {
+    /// What no case of `ops` had, though it says something about them: pairs of distribution and dtype, and values of every axis.
+    pub fn gaps(&self, ops: &[Op]) -> Vec<String> {
         let mut gaps = Vec::new();
-        for op in Op::FORWARD {
+        for &op in ops {
             for distribution in Distribution::of(op) {
                 for dtype in Dtype::ALL {
                     if !self.by_input.contains_key(&(distribution, op.name(), dtype.name())) {
@@ -124,8 +128,15 @@ impl Coverage {
             }
             for (axis, values) in axes().into_iter().filter(|(axis, _)| concerns(op, axis)) {
                 let seen = self.by_axis.get(&(op.name(), axis));
-                // `append` writes a ring and nothing else.
-                let values = values.into_iter().filter(|(_, value)| op != Op::Append || value != "linear");
+                // `append` writes a ring and nothing else; gradients are those of linear caches, which end where memory does.
+                let is_backward = Op::BACKWARD.contains(&op);
+                let is_possible = |value: &str| match axis {
+                    "keys" if is_backward => value == "linear",
+                    "keys" => op != Op::Append || value != "linear",
+                    "2^32 from the origin" if is_backward => value == "no",
+                    _ => true,
+                };
+                let values = values.into_iter().filter(|(_, value)| is_possible(value));
                 let missing = values.filter(|value| !seen.is_some_and(|seen| seen.contains_key(value)));
                 gaps.extend(missing.map(|(_, value)| format!("{op} {axis}: {value}")));
             }
@@ -174,26 +185,42 @@ fn axes() -> Vec<(&'static str, Vec<(u64, String)>)> {
         ("strides", names(&Strides::ALL.map(Strides::name))),
         ("style", names(&Style::ALL.map(Style::name))),
         ("out", names(&Dtype::ALL.map(Dtype::name))),
+        ("saved", names(&Dtype::ALL.map(Dtype::name))),
+        ("d_o", names(&Dtype::ALL.map(Dtype::name))),
         ("device spans", names(&["no", "yes", "to be clamped"])),
         ("row groups", names(&["both", "block", "memory", "none"])),
         ("origin", names(&["0", "aligned", "unaligned"])),
     ];
-    let flags = ["sink", "lse", "fused infini", "2^32 from the origin", "absent memory rows", "empty streams", "shuffled slots"];
+    let flags = [
+        "sink",
+        "lse",
+        "d_lse",
+        "o_local",
+        "fused infini",
+        "2^32 from the origin",
+        "absent memory rows",
+        "empty streams",
+        "shuffled slots",
+    ];
     axes.extend(flags.map(|axis| (axis, vec![flag(false), flag(true)])));
     axes
 }
 
 /// Whether the axis is anything to the op.
 fn concerns(op: Op, axis: &str) -> bool {
+    let is_merge = matches!(op, Op::Merge | Op::MergeBackward);
+    let is_attend = matches!(op, Op::Attend | Op::AttendBackward);
     match axis {
         "D" | "heads" | "batch" | "blocks" | "strides" => true,
-        "B" | "style" | "device spans" | "2^32 from the origin" | "origin" | "empty streams" | "shuffled slots" => {
-            op != Op::Merge
-        }
-        "keys" => matches!(op, Op::Append | Op::Attend | Op::InfiniWrite),
-        "window" | "F" | "absent memory rows" | "row groups" => matches!(op, Op::Append | Op::Attend),
-        "out" => !matches!(op, Op::Append | Op::InfiniWrite),
+        "B" | "style" | "device spans" | "2^32 from the origin" | "origin" | "empty streams" | "shuffled slots" => !is_merge,
+        "keys" => matches!(op, Op::Append | Op::InfiniWrite | Op::InfiniWriteBackward) || is_attend,
+        "window" | "F" | "absent memory rows" | "row groups" => op == Op::Append || is_attend,
+        "out" => !matches!(op, Op::Append | Op::InfiniWrite | Op::InfiniWriteBackward),
         "lse" => matches!(op, Op::Attend | Op::Merge),
+        "d_lse" => matches!(op, Op::AttendBackward | Op::MergeBackward),
+        "saved" => matches!(op, Op::AttendBackward | Op::InfiniReadBackward),
+        "d_o" => matches!(op, Op::AttendBackward | Op::InfiniReadBackward | Op::MergeBackward),
+        "sink" => is_attend,
         _ => op == Op::Attend,
     }
 }
@@ -207,13 +234,14 @@ impl fmt::Display for Coverage {
             100.0 * self.dense_share()
         )?;
         write!(f, "{:18}", "distribution")?;
-        for op in Op::FORWARD {
+        let ops: Vec<Op> = Op::ALL.into_iter().filter(|op| self.by_input.keys().any(|(_, seen, _)| *seen == op.name())).collect();
+        for op in &ops {
             write!(f, "{:>23}", op.name())?;
         }
         writeln!(f)?;
         for distribution in Distribution::ALL {
             write!(f, "{:18}", distribution.name())?;
-            for op in Op::FORWARD {
+            for op in &ops {
                 let count = |dtype: Dtype| self.by_input.get(&(distribution, op.name(), dtype.name())).copied().unwrap_or(0);
                 let [a, b, c] = Dtype::ALL.map(count);
                 write!(f, "{:>23}", if a + b + c == 0 { "-".into() } else { format!("{a} {b} {c}") })?;

@@ -308,7 +308,27 @@ mod tests {
         assert!(far > 500, "{far}");
         println!("{coverage}\nmean work {}", work / 10_000);
         assert!(coverage.dense_share() >= 0.3, "{}", coverage.dense_share());
-        assert!(coverage.gaps().is_empty(), "{:?}", coverage.gaps());
+        assert!(coverage.gaps(&Op::FORWARD).is_empty(), "{:?}", coverage.gaps(&Op::FORWARD));
+    }
+
+    #[test]
+    fn coverage_of_ten_thousand_gradients() {
+        let mut coverage = Coverage::default();
+        for i in 0..10_000 {
+            let case = Case::gradient(case_seed(1, i));
+            assert!(case.spec().is_ok(), "{case}: {:?}", case.spec());
+            assert_eq!(case, Case::gradient(case.seed));
+            coverage.add(&case);
+        }
+        assert!(coverage.gaps(&Op::BACKWARD).is_empty(), "{:?}", coverage.gaps(&Op::BACKWARD));
+    }
+
+    /// What a seed printed by an earlier version replays.
+    #[test]
+    fn old_seeds_draw_what_they_drew() {
+        let lines = (0..2_000).map(|i| Case::from_seed(case_seed(7, i)).to_string().replace(" o_local", ""));
+        let digest = crate::rng::hash(lines.flat_map(|line| line.into_bytes()).map(u64::from));
+        assert_eq!(digest, 3_973_982_682_301_342_611);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::launch::{Stop, digest};
 use crate::rng::case_seed;
 use crate::tolerance::Level;
 use crate::{append, attend, attend_backward, infini_backward, infini_read, infini_write, merge, merge_backward};
-use fam_core::Op;
+use fam_core::{Backend, InfiniRule, Op, Shape};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -51,12 +51,28 @@ pub fn run_case<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Outcom
         Op::InfiniRead => infini_read::run(h, case, level),
         Op::InfiniWrite => infini_write::run(h, case, level),
         Op::Merge => merge::run(h, case, level),
-        Op::AttendBackward => attend_backward::run(h, case, level),
-        Op::InfiniReadBackward => infini_backward::read(h, case, level),
-        Op::InfiniWriteBackward => infini_backward::write(h, case, level),
-        Op::MergeBackward => merge_backward::run(h, case, level),
-        other => Err(Stop::Skipped(format!("no cases for {other}"))),
+        backward => {
+            serves_gradients(h)?;
+            match backward {
+                Op::AttendBackward => attend_backward::run(h, case, level),
+                Op::InfiniReadBackward => infini_backward::read(h, case, level),
+                Op::InfiniWriteBackward => infini_backward::write(h, case, level),
+                Op::MergeBackward => merge_backward::run(h, case, level),
+                other => Err(Stop::Skipped(format!("no cases for {other}"))),
+            }
+        }
     })
+}
+
+/// Stops with the backend's own reason where it has no backward op at all: one reason for all of their cases.
+fn serves_gradients<H: Harness + ?Sized>(h: &H) -> Result<(), Stop> {
+    let shape = Shape::builder().head_dim(8).infini(InfiniRule::Linear).build()?;
+    let support = |op| h.backend().support(&shape.spec(1, 1).ops(&[op]).build()?);
+    let mut refusals = Op::BACKWARD.map(support).into_iter();
+    match refusals.next() {
+        Some(Err(reason)) if refusals.all(|support| support.is_err()) => Err(Stop::Skipped(reason.to_string())),
+        _ => Ok(()),
+    }
 }
 
 /// An outcome of what may stop or panic.

@@ -108,6 +108,9 @@ fn command(args: &Args, worker: u64, workers: u64, from: u64) -> Result<Command,
     {
         command.args(value.map(|v| [flag, v]).into_iter().flatten());
     }
+    if args.gradients {
+        command.arg("--gradients");
+    }
     if args.stat {
         command.arg("--stat");
     }
