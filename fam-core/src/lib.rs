@@ -135,6 +135,10 @@
 //! * Nothing is detached: gradients flow through window and memory keys, without which the memory does not form. A caller that
 //!   wants to cut them leaves those outputs out.
 //!
+//! A NaN or an infinity in what the rows of a stream and kv head read, or in what arrives at them, leaves that stream's gradients of that
+//! head unspecified, and `d_sink` and `d_beta` of its query heads; all others not in a bit. Where a sum on the way leaves f32, what it goes
+//! into is unspecified.
+//!
 //! As in the forward pass, a row that sees no key passes nothing on, and bytes that no row of the call may see have no effect. Sums are made
 //! in an order that depends on neither threads nor batch.
 #![forbid(unsafe_code)]

@@ -149,6 +149,24 @@ impl Collected {
         }
     }
 
+    /// The same gradient, had it been the sum of what `parts` added to zeros in calls of their own.
+    pub fn replaced_by_sum<'a>(&self, parts: impl Iterator<Item = &'a Collected> + Clone) -> Collected {
+        let mut sum = self.clone();
+        let [.., heads, d] = self.after.layout.shape;
+        let mut part_row = vec![0.0; d];
+        for &at @ [n, i, r] in self.rows.keys() {
+            for head in 0..heads {
+                let mut row = vec![0.0; d];
+                for part in parts.clone().filter(|part| part.rows.contains_key(&at)) {
+                    part.after.get([n, i, r, head], &mut part_row);
+                    row.iter_mut().zip(&part_row).for_each(|(sum, x)| *sum += x);
+                }
+                sum.after.put([n, i, r, head], &row);
+            }
+        }
+        sum
+    }
+
     /// The call's values; of rows that share memory, what all of them hold.
     pub fn values(&self, case: &Case) -> Array<5> {
         let mut values = Array::zeros(case.sizes(self.role));

@@ -1,5 +1,7 @@
 //! Calls that must be refused: a typed error that names the field, and not a byte written.
 
+mod gradients;
+
 use crate::guard::{CANARY, Tensor};
 use crate::harness::{Harness, Mem, Owned};
 use crate::launch::{Stop, plan};
@@ -113,7 +115,7 @@ const ENTRIES: [Entry; 32] = [
 
 /// Calls of every op that must be refused, by name. Passed: a typed error that names the field, and outputs untouched.
 pub fn invalid_calls<H: Harness + ?Sized>(h: &H) -> Vec<(&'static str, Outcome)> {
-    let mut outcomes = vec![("the valid call beside them", caught(|| attend(h, Call::valid()).map(|()| Passed::default())))];
+    let mut outcomes = vec![("the valid call beside them", accepted(|| attend(h, Call::valid())))];
     for (name, field, spoil) in ENTRIES {
         let mut call = Call::valid();
         spoil(&mut call);
@@ -127,7 +129,13 @@ pub fn invalid_calls<H: Harness + ?Sized>(h: &H) -> Vec<(&'static str, Outcome)>
     outcomes.push(("z of another head_dim", refused("z", || infini_write(h, 3, 3, D - 1))));
     outcomes.push(("a part of another dtype", refused("o_a", || merge(h, Dtype::Bf16, N))));
     outcomes.push(("a part of fewer streams", refused("lse_b", || merge(h, Dtype::F32, N - 1))));
+    outcomes.extend(gradients::calls(h));
     outcomes
+}
+
+/// Passes if the call does.
+fn accepted(call: impl FnOnce() -> Result<(), Stop>) -> Outcome {
+    caught(|| call().map(|()| Passed::default()))
 }
 
 /// Passes if the call stops with an error of the right kind about `field`.

@@ -1,6 +1,7 @@
 //! The contract's section 7: what must hold between calls, whatever the numbers are. Bitwise ones are compared bit for bit.
 
 mod attend;
+mod gradients;
 mod infini;
 mod splits;
 mod streams;
@@ -46,12 +47,18 @@ pub enum Property {
     ReadBack,
     /// 12: with a sink, o is o without it times sigmoid(lse without it − sink).
     Sink,
+    /// 7 of gradients, bitwise: order of streams and slots, solo or in a batch.
+    GradientOrder,
+    /// 3 of gradients: what both row groups add in one call, they add in two.
+    GradientRowGroups,
+    /// 2 of gradients: what a prefill adds, its blocks add one by one.
+    GradientBlocks,
 }
 
 use Property::*;
 
 /// Every property that a backend is held to.
-pub const PROPERTIES: [Property; 13] = [
+pub const PROPERTIES: [Property; 16] = [
     DenseMask,
     Modes,
     RowGroups,
@@ -65,6 +72,9 @@ pub const PROPERTIES: [Property; 13] = [
     SegmentLength,
     ReadBack,
     Sink,
+    GradientOrder,
+    GradientRowGroups,
+    GradientBlocks,
 ];
 
 impl Property {
@@ -72,12 +82,12 @@ impl Property {
     pub fn number(self) -> u32 {
         match self {
             DenseMask => 1,
-            Modes => 2,
-            RowGroups => 3,
+            Modes | GradientBlocks => 2,
+            RowGroups | GradientRowGroups => 3,
             NoMemory => 4,
             Unseen => 5,
             Splits => 6,
-            Order => 7,
+            Order | GradientOrder => 7,
             Boundary => 8,
             Poison => 9,
             LinearAttention | SegmentLength | ReadBack => 11,
@@ -100,6 +110,9 @@ impl Property {
             LinearAttention => "linear rule = normalised linear attention over earlier segments",
             SegmentLength => "the linear rule's state does not depend on the length of segments",
             ReadBack => "constant values read back (linear); writing what is stored changes nothing (delta)",
+            GradientOrder => "gradients: order of streams and slots, solo or in a batch (bitwise)",
+            GradientRowGroups => "gradients: both row groups in one call = two calls",
+            GradientBlocks => "gradients: a whole prefill = its blocks, one by one",
             Sink => "o with a sink = o without · sigmoid(lse without − sink)",
         }
     }
@@ -130,6 +143,9 @@ where
         SegmentLength => infini::segment_length(h, seed),
         ReadBack => infini::read_back(h, seed),
         Sink => splits::sink(h, seed),
+        GradientOrder => gradients::order(h, seed),
+        GradientRowGroups => gradients::row_groups(h, seed),
+        GradientBlocks => gradients::blocks(h, seed),
     })
 }
 

@@ -38,24 +38,38 @@ fn cpu_is_right_on_the_fixed_seed() {
     assert!(report.vacuous * 100 < report.compared, "{} of {} elements are not judged", report.vacuous, report.compared);
 }
 
+/// Gradients of every backward op, each within its bound.
+#[test]
+fn gradients_are_right_on_the_fixed_seed() {
+    let budget = Budget::Cases(cases() / 2);
+    let options = SuiteOptions { gradients: true, budget, level: Level::Stat, threads: 2, ..SuiteOptions::default() };
+    let report = suite(&CpuHarness::serial(), &options);
+    println!("{report}{}", report.coverage);
+    assert!(report.is_ok() && report.skipped.is_empty(), "replay a seed with Case::gradient and run_case:\n{report}");
+    assert!(report.vacuous * 8 < report.compared, "{} of {} elements are not judged", report.vacuous, report.compared);
+}
+
 /// Neither the number of threads nor whose they are changes a bit of any result.
 #[test]
 fn threads_change_nothing() {
-    let options = SuiteOptions {
-        seed: 2,
-        budget: Budget::Cases(if cfg!(debug_assertions) { 100 } else { 600 }),
-        ..SuiteOptions::default()
-    };
-    let serial = suite(&CpuHarness::serial(), &options);
-    assert!(serial.is_ok(), "{serial}");
-    assert!(serial.coverage.ops_and_dtypes() == Op::FORWARD.len() * Dtype::ALL.len(), "{}", serial.coverage);
-    let pools = [1, 2, 3, 7].map(|threads| (format!("a pool of {threads}"), CpuHarness::pool(threads)));
-    let callers = [1, 3].map(|threads| (format!("{threads} threads of the caller's"), CpuHarness::caller(threads)));
-    let slices = [1, 2, 5].map(|nth| (format!("{nth} slices"), CpuHarness::slices(nth)));
-    for (place, h) in pools.into_iter().chain(callers).chain(slices) {
-        let report = suite(&h, &options);
-        assert!(report.is_ok(), "{place}:\n{report}");
-        assert_eq!(report.digest, serial.digest, "{place}: other bits");
+    for (gradients, ops) in [(false, &Op::FORWARD[..]), (true, &Op::BACKWARD)] {
+        let options = SuiteOptions {
+            gradients,
+            seed: 2,
+            budget: Budget::Cases(if cfg!(debug_assertions) { 100 } else { 600 }),
+            ..SuiteOptions::default()
+        };
+        let serial = suite(&CpuHarness::serial(), &options);
+        assert!(serial.is_ok(), "{serial}");
+        assert!(serial.coverage.ops_and_dtypes() == ops.len() * Dtype::ALL.len(), "{}", serial.coverage);
+        let pools = [1, 2, 3, 7].map(|threads| (format!("a pool of {threads}"), CpuHarness::pool(threads)));
+        let callers = [1, 3].map(|threads| (format!("{threads} threads of the caller's"), CpuHarness::caller(threads)));
+        let slices = [1, 2, 5].map(|nth| (format!("{nth} slices"), CpuHarness::slices(nth)));
+        for (place, h) in pools.into_iter().chain(callers).chain(slices) {
+            let report = suite(&h, &options);
+            assert!(report.is_ok(), "{place}:\n{report}");
+            assert_eq!(report.digest, serial.digest, "{place}: other bits");
+        }
     }
 }
 

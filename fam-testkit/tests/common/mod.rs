@@ -69,11 +69,16 @@ impl Harness for CpuHarness {
             Place::Pool(pool) => work(&mut Par::Pool(pool)),
             Place::Caller(executor) => work(&mut Par::Caller(executor)),
             Place::Slices(nth) => {
-                let part = |ith, nth| Par::Slice { ith, nth, phase: 0 };
-                match (0..*nth).try_for_each(|ith| work(&mut part(ith, *nth))) {
+                let mut parts = |nth, phase| (0..nth).try_for_each(|ith| work(&mut Par::Slice { ith, nth, phase }));
+                match parts(*nth, 0) {
                     // What is no op (reading a ring) is not cut.
-                    Err(Error::Invalid { field: "slice.nth", .. }) => work(&mut part(0, 1)),
-                    done => done,
+                    Err(Error::Invalid { field: "slice.nth", .. }) => return parts(1, 0),
+                    first => first?,
+                }
+                match parts(*nth, 1) {
+                    // An op of one phase.
+                    Err(Error::Invalid { field: "slice.phase", .. }) => Ok(()),
+                    second => second,
                 }
             }
         }
