@@ -11,6 +11,7 @@ use crate::report::Report;
 use crate::{Failure, Outcome};
 use case::{CASES, PerfCase, Work};
 use driver::Driver;
+use fam::cpu::Isa;
 use fam::{Backend, Dtype};
 use fam_testkit::{Harness, Tally};
 use indicatif::ProgressBar;
@@ -80,12 +81,13 @@ impl Job for Measure<'_> {
     {
         let Measure { args, report, chosen } = self;
         let threads = args.backend.threads.map_or_else(crate::environment::threads, usize::from);
-        let (probe, cpu) = (Probe::new(threads), crate::environment::cpu_model());
+        let (isa, cpu) = (Isa::detect()?, crate::environment::cpu_model());
+        let probe = Probe::new(isa, threads);
         let Rates { flops, exps, bytes } = probe.measure();
         report.line(format!("backend  {} ({reason}) on {cpu}, threads: {threads}", h.backend().name()))?;
         report.line(format!(
-            "roof     {:.1} GFLOP/s multiply and add, {:.2} G exponentials/s, {:.1} GB/s read: what plain Rust reaches with the\n         \
-             instructions of this build's target, which are those of the kernels. Measured again beside every case.",
+            "roof     {:.1} GFLOP/s multiply and add, {:.2} G exponentials/s, {:.1} GB/s read: what the level {isa}\n         \
+             reaches, that of the kernels. Measured again beside every case.",
             flops / 1e9,
             exps / 1e9,
             bytes / 1e9

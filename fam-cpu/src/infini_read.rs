@@ -139,7 +139,7 @@ impl<'a, T: Convert> State<'a, T> {
         }
         for (o, a) in o.chunks_exact_mut(width).zip(a.chunks_exact(width)) {
             for lane in (0..width).step_by(V::LANES) {
-                let [memory, local] = [&*of_memory, &*of_local].map(|share| V::load(&share[lane..]));
+                let (memory, local) = (V::load(&of_memory[lane..]), V::load(&of_local[lane..]));
                 V::load(&a[lane..]).mul(memory).add(V::load(&o[lane..]).mul(local)).store(&mut o[lane..]);
             }
         }
@@ -191,7 +191,10 @@ impl Retrieve<'_> {
         let x = Lanes { data: &self.x[first * V::LANES..], stride: MR * V::LANES };
         let mut den = zero::<V, M, 1>();
         accumulate(x, Rows { data: self.z, stride: 1 }.over_rows(), 0..d, &All, &mut den);
-        let den = den[0].map(|den| mutate!("infini-epsilon", den, den.add(V::splat(1e-6))));
+        let mut den = den[0];
+        for den in &mut den {
+            *den = mutate!("infini-epsilon", *den, den.add(V::splat(1e-6)));
+        }
         let mut c = 0;
         while c + NR <= d {
             self.ratios::<V, MR, M, NR>(first, c, den);

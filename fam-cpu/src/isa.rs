@@ -1,6 +1,8 @@
 //! Instruction sets that the kernels are compiled for, and the choice among them.
 
 use crate::vector::{Body, Vector, scalar::Scalar};
+#[cfg(target_arch = "x86_64")]
+use crate::vector::{avx2::Avx2, avx512::Avx512};
 use fam_core::{Error, Result};
 use std::fmt;
 use std::str::FromStr;
@@ -9,17 +11,23 @@ use std::str::FromStr;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Isa {
+    /// x86-64 with AVX-512 F, BW, DQ and VL, beside what `Avx2` asks for.
+    Avx512,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
     /// The target's baseline: runs anywhere.
     Scalar,
 }
 
 impl Isa {
     /// Every level, the best first.
-    pub const ALL: [Isa; 1] = [Isa::Scalar];
+    pub const ALL: [Isa; 3] = [Isa::Avx512, Isa::Avx2, Isa::Scalar];
 
     /// The name in kernel ids and in `FAM_ISA`.
     pub const fn name(self) -> &'static str {
         match self {
+            Isa::Avx512 => "avx512",
+            Isa::Avx2 => "avx2",
             Isa::Scalar => "scalar",
         }
     }
@@ -27,7 +35,13 @@ impl Isa {
     /// Whether this machine has the instructions.
     pub fn is_available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::is_available(),
             Isa::Scalar => true,
+            #[allow(unreachable_patterns)]
+            _ => false,
         }
     }
 
@@ -42,10 +56,15 @@ impl Isa {
         }
     }
 
-    /// Runs a body on vectors of this level, which [`Isa::available`] has passed.
+    /// Runs a body on vectors of this level.
     pub(crate) fn run<B: Body>(self, body: B) -> B::Output {
+        assert!(self.is_available(), "a plan is made only for a level that the machine has");
         match self {
-            Isa::Scalar => Scalar::run(body),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::run(body),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::run(body),
+            _ => Scalar::run(body),
         }
     }
 

@@ -72,7 +72,9 @@ impl Convert for f32 {
 impl Convert for f16 {
     #[inline(always)]
     fn widen(from: &[f16], to: &mut [f32]) {
-        from.convert_to_f32_slice(to);
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = widen_f16(*from);
+        }
     }
     #[inline(always)]
     fn narrow(from: &[f32], to: &mut [f16]) {
@@ -88,7 +90,7 @@ impl Convert for bf16 {
     #[inline(always)]
     fn widen(from: &[bf16], to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(from) {
-            *to = from.to_f32();
+            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
         }
     }
     #[inline(always)]
@@ -101,6 +103,17 @@ impl Convert for bf16 {
     fn as_f32(_: &[bf16]) -> Option<&[f32]> {
         None
     }
+}
+
+/// The exact value, in operations that a loop does for all lanes of a vector at once: with its fraction and exponent moved to where f32
+/// has them, a number is too small by 2⁻¹¹², subnormal ones included.
+#[inline(always)]
+fn widen_f16(x: f16) -> f32 {
+    let bits = u32::from(x.to_bits());
+    let number = f32::from_bits((bits & 0x7fff) << 13) * 2f32.powi(112);
+    let is_finite = bits & 0x7c00 != 0x7c00;
+    let magnitude = if is_finite { number.to_bits() } else { (bits & 0x03ff) << 13 | 0x7f80_0000 };
+    f32::from_bits((bits & 0x8000) << 16 | magnitude)
 }
 
 /// Packs one row: its channels, then zeros.
@@ -193,5 +206,24 @@ impl<'a> Rows<'a> {
     #[inline(always)]
     pub fn over_rows(self) -> Broadcast<'a> {
         Broadcast { data: self.data, i: 1, k: self.stride }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Convert;
+    use fam_core::{bf16, f16};
+
+    #[test]
+    fn widening_is_exact() {
+        for bits in 0..=u16::MAX {
+            let (half, brain) = (f16::from_bits(bits), bf16::from_bits(bits));
+            let mut wide = [0.0; 2];
+            f16::widen(&[half], &mut wide[..1]);
+            bf16::widen(&[brain], &mut wide[1..]);
+            for (got, want) in wide.into_iter().zip([half.to_f32(), brain.to_f32()]) {
+                assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:#x}: {got} {want}");
+            }
+        }
     }
 }

@@ -184,3 +184,86 @@ fn block<V: Vector, const MR: usize, const NR: usize>(
         }
     }
 }
+
+/// `NR` rows of `MR` vectors, `stride` apart.
+#[inline(always)]
+pub(crate) fn load<V: Vector, const MR: usize, const NR: usize>(from: &[f32], stride: usize) -> [[V; MR]; NR] {
+    assert!((NR - 1) * stride + MR * V::LANES <= from.len());
+    let mut block = zero();
+    for i in 0..NR {
+        for j in 0..MR {
+            // SAFETY: i is at most NR − 1 and j at most MR − 1; with these the index has been checked.
+            block[i][j] = unsafe { V::load_from(from.as_ptr().add(i * stride + j * V::LANES)) };
+        }
+    }
+    block
+}
+
+/// The inverse of [`load`].
+#[inline(always)]
+pub(crate) fn store<V: Vector, const MR: usize, const NR: usize>(block: &[[V; MR]; NR], to: &mut [f32], stride: usize) {
+    assert!((NR - 1) * stride + MR * V::LANES <= to.len());
+    for i in 0..NR {
+        for j in 0..MR {
+            // SAFETY: as in `load`.
+            unsafe { block[i][j].store_to(to.as_mut_ptr().add(i * stride + j * V::LANES)) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{All, Broadcast, Lanes, accumulate, store, zero};
+    use crate::Isa;
+    use crate::vector::{Body, Vector};
+    use std::hint::black_box;
+    use std::time::Instant;
+
+    /// Products of 64 rows with a panel over 64 channels, in blocks of `M` × `N`: GFLOP/s, the best of many short runs.
+    struct Speed<const M: usize, const N: usize>;
+
+    impl<const M: usize, const N: usize> Body for Speed<M, N> {
+        type Output = f64;
+
+        #[inline(always)]
+        fn run<V: Vector, const MR: usize, const NR: usize>(self) -> f64 {
+            let (width, rows) = (M * V::LANES, 64 / N * N);
+            let (x, b, mut out) = (vec![0.5f32; 64 * width], [0.25f32; 64 * 64], vec![0.0f32; 64 * width]);
+            let mut best = f64::MAX;
+            for _ in 0..50 {
+                let start = Instant::now();
+                for _ in 0..100 {
+                    for i in (0..rows).step_by(N) {
+                        let mut sum = zero::<V, M, N>();
+                        let b = Broadcast { data: black_box(&b), i: 64, k: 1 };
+                        accumulate(Lanes { data: &x, stride: width }, b.skip(i), 0..64, &All, &mut sum);
+                        store(&sum, &mut out[i * width..], width);
+                    }
+                }
+                black_box(&mut out);
+                best = best.min(start.elapsed().as_secs_f64());
+            }
+            (100 * 2 * 64 * rows * width) as f64 / best / 1e9
+        }
+    }
+
+    /// `cargo test --release -p fam-cpu --lib -- --ignored --nocapture blocks`
+    #[test]
+    #[ignore = "a measurement: docs/kernels.md, Numbers"]
+    fn speed_of_blocks() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let of = |m, n, speed| println!("{isa} {m} x {n}: {speed:.0} GFLOP/s");
+            of(1, 4, isa.run(Speed::<1, 4>));
+            of(1, 8, isa.run(Speed::<1, 8>));
+            of(1, 16, isa.run(Speed::<1, 16>));
+            of(2, 4, isa.run(Speed::<2, 4>));
+            of(2, 6, isa.run(Speed::<2, 6>));
+            of(2, 8, isa.run(Speed::<2, 8>));
+            of(2, 12, isa.run(Speed::<2, 12>));
+            of(3, 4, isa.run(Speed::<3, 4>));
+            of(3, 8, isa.run(Speed::<3, 8>));
+            of(4, 4, isa.run(Speed::<4, 4>));
+            of(4, 6, isa.run(Speed::<4, 6>));
+        }
+    }
+}

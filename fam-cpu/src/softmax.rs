@@ -79,8 +79,7 @@ pub(crate) fn update<V: Vector>(
     let shift = V::splat(0.0).select(is_empty, maxima);
     let before = exp2(V::load(row_max).sub(shift).mul(factor));
     let mut sum = V::load(row_sum).mul(mutate!("attend-sum-not-rescaled", before, V::splat(1.0)));
-    for t in keys {
-        let s = &mut s[t * width..];
+    for s in s[keys.start * width..].chunks_mut(width).take(keys.len()) {
         let p = exp2(V::load(s).sub(shift).mul(factor));
         sum = sum.add(p);
         p.store(s);

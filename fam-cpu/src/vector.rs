@@ -6,6 +6,10 @@
 //!
 //! What NaN does is part of the contract: no verb loses the NaN of its receiver.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 pub(crate) mod scalar;
 
 /// Work over vectors of any instruction set.
@@ -44,8 +48,18 @@ pub(crate) trait Vector: Copy {
         // SAFETY: the slice has them.
         unsafe { Self::load_from(from.as_ptr()) }
     }
+    /// Writes the `LANES` elements from `to` on.
+    ///
+    /// # Safety
+    /// They can be written.
+    unsafe fn store_to(self, to: *mut f32);
     /// Writes the first `LANES` elements of `to`.
-    fn store(self, to: &mut [f32]);
+    #[inline(always)]
+    fn store(self, to: &mut [f32]) {
+        let to = &mut to[..Self::LANES];
+        // SAFETY: the slice has them.
+        unsafe { self.store_to(to.as_mut_ptr()) }
+    }
     /// Transposes a square of `LANES` rows and columns: element j of row i of `from` becomes element i of row j of `to`. Rows are
     /// `from_stride` and `to_stride` apart.
     fn transpose(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize);

@@ -87,16 +87,18 @@ impl<T> KeyTile<'_, T> {
         in_tile(keys.start)..in_tile(keys.end)
     }
 
-    /// What the vectors of a panel of `rows` see. Where that is mixed, `ranges` gets each row's first key, and behind `MAX_WIDTH` the one
+    /// What the vectors of a panel of `rows` see. Where a vector does not see all, `ranges` gets each row's first key, and behind `MAX_WIDTH` the one
     /// after its last.
     #[inline(always)]
     pub fn seen<V: Vector>(&self, rows: Range<usize>, ranges: &mut [f32]) -> [Seen; MAX_MR] {
         let group = self.shape.group();
+        let count = (self.range.end - self.range.start) as usize;
         let mut of_vectors: [Seen; MAX_MR] = Default::default();
         for (of_vector, r) in of_vectors.iter_mut().zip(rows.clone().step_by(V::LANES)) {
             let last = rows.end.min(r + V::LANES) - 1;
             *of_vector = Seen::new(self.visible(r / group), self.visible(last / group));
-            if of_vector.is_mixed() {
+            // Looked at for keys that not all rows of the panel see.
+            if of_vector.all != (0..count) {
                 for lane in 0..V::LANES {
                     let (keys, at) = (self.visible(last.min(r + lane) / group), r - rows.start + lane);
                     (ranges[at], ranges[MAX_WIDTH + at]) = (keys.start as f32, keys.end as f32);
@@ -122,11 +124,6 @@ impl Seen {
         let (any, all) = (first.start..last.end, last.start..first.end);
         // With none that all see, those before and after them are all of `any`.
         Seen { all: if all.is_empty() { any.end..any.end } else { all }, any }
-    }
-
-    /// Whether some rows see keys that others do not.
-    pub fn is_mixed(&self) -> bool {
-        self.any != self.all
     }
 }
 

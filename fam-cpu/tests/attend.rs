@@ -1,11 +1,11 @@
-//! `attend` and `append` against themselves: the same stream cut and run in other ways has the same bits. That they are right is the
-//! conformance suite's to show.
+//! `attend` and `append` against themselves, at every level of this machine: the same stream cut and run in other ways has the same bits. That
+//! they are right is the conformance suite's to show.
 
 mod common;
 
 use common::{Stream, shape};
-use fam_core::{Dtype, Element, Window};
-use fam_cpu::{Cpu, Par};
+use fam_core::{Backend, Dtype, Element, Op, Plan, Window};
+use fam_cpu::{Cpu, Isa, Par};
 
 /// (heads, head_dim, block_len, window, mem_len, tokens, origin).
 type Case = ([usize; 2], usize, usize, Window, usize, usize, u64);
@@ -33,9 +33,27 @@ fn cases<T: Element>() -> impl Iterator<Item = Stream<T>> {
         .map(|(heads, d, b, window, f, len, origin)| Stream::new(shape(heads, d, b, window, f, T::DTYPE), len, origin))
 }
 
+#[test]
+fn kernels_say_their_level() {
+    let spec = shape([2, 1], 16, 4, Window::Blocks(1), 0, Dtype::F16).spec(1, 4).build().unwrap();
+    for isa in Isa::ALL {
+        match Cpu::new().unwrap().with_isa(isa) {
+            Ok(cpu) => {
+                let support = cpu.plan(&spec).unwrap().support().clone();
+                assert_eq!(support.kernel(Op::Attend).unwrap().to_string(), format!("cpu-attend-f16-{isa}"));
+            }
+            Err(error) => assert!(!isa.is_available() && error.to_string().contains(isa.name()), "{error}"),
+        }
+    }
+}
+
+/// The CPU at every level that this machine has.
+fn levels() -> impl Iterator<Item = Cpu> {
+    Isa::ALL.into_iter().filter_map(|isa| Cpu::new().unwrap().with_isa(isa).ok())
+}
+
 fn steps_are_prefill<T: Element>() {
-    let cpu = Cpu::new().unwrap();
-    for stream in cases::<T>() {
+    for (cpu, stream) in levels().flat_map(|cpu| cases::<T>().map(move |stream| (cpu, stream))) {
         let bits = stream.prefill(&cpu, &mut Par::Serial).bits();
         // The element type changes packing alone.
         let lens: &[usize] = if T::DTYPE == Dtype::F32 { &[1, 3, 1 << 16] } else { &[3] };
@@ -53,17 +71,22 @@ fn step_prefill_and_decode_have_the_same_bits() {
 #[test]
 fn a_row_with_one_visible_key_is_its_value() {
     let stream = Stream::<f32>::new(shape([4, 2], 19, 1, Window::Blocks(0), 0, Dtype::F32), 5, 0);
-    let o = stream.prefill(&Cpu::new().unwrap(), &mut Par::Serial).o;
-    for (row, o) in o.chunks(19).enumerate() {
-        let kv_row = row / 4 * 2 + row % 4 / 2;
-        assert_eq!(o, &stream.v[kv_row * 19..][..19]);
+    for cpu in levels() {
+        let o = stream.prefill(&cpu, &mut Par::Serial).o;
+        for (row, o) in o.chunks(19).enumerate() {
+            let kv_row = row / 4 * 2 + row % 4 / 2;
+            assert_eq!(o, &stream.v[kv_row * 19..][..19], "{}", cpu.isa());
+        }
     }
 }
 
 /// NaN in one key and value reaches exactly the rows that see it.
 #[test]
 fn nan_reaches_the_rows_that_see_it() {
-    let cpu = Cpu::new().unwrap();
+    levels().for_each(nan_reaches_the_rows);
+}
+
+fn nan_reaches_the_rows(cpu: Cpu) {
     let mut stream = Stream::<f32>::new(shape([2, 1], 16, 70, Window::Blocks(1), 3, Dtype::F32), 350, 0);
     let clean = stream.prefill(&cpu, &mut Par::Serial);
     for at in [0, 75, 139, 140, 349] {

@@ -7,7 +7,7 @@
 //! A lane is a row everywhere, so maxima and sums of rows need no horizontal step, and keys and values no transposition.
 
 use crate::pack::Rows;
-use crate::product::{All, Lanes, Within, accumulate, zero};
+use crate::product::{All, Lanes, Within, accumulate, load, store, zero};
 use crate::softmax;
 use crate::tile::{CHAIN, MAX_MR};
 use crate::vector::{Body, Vector};
@@ -24,7 +24,7 @@ pub(super) struct PanelOverTile<'a> {
     pub d: usize,
     /// |scale|.
     pub unit: f32,
-    /// What each vector sees, and, where that is mixed, each row: its first key, and the one after its last.
+    /// What each vector sees; and each row of a vector that does not see all: its first key, and the one after its last.
     pub seen: [Seen; MAX_MR],
     pub ranges: [&'a [f32]; 2],
     /// Sᵀ, then Pᵀ, `[BLOCK_N][W]`.
@@ -70,7 +70,7 @@ impl Body for PanelOverTile<'_> {
         }
 
         let seen = &self.seen[..MR];
-        if seen.iter().all(|s| *s == seen[0] && !s.is_mixed()) {
+        if seen.iter().all(|s| *s == seen[0] && s.any == s.all) {
             self.values::<V, MR, MR, NR>(0, before);
         } else {
             for (j, before) in before.into_iter().enumerate() {
@@ -111,26 +111,32 @@ impl PanelOverTile<'_> {
             let end = self.d.min(c + CHAIN);
             let mut sum = zero::<V, M, N>();
             accumulate(q, k, c..end, &All, &mut sum);
-            for j in 0..M {
-                let (all, begin) = (&self.seen[first + j].all, lanes + j * V::LANES);
-                let is_seen = all.start <= t && t + N <= all.end;
+            let s = &mut self.s[t * width + lanes..];
+            if c > 0 {
+                let before: [[V; M]; N] = load(s, width);
                 for i in 0..N {
-                    let s = &mut self.s[(t + i) * width + begin..];
-                    let mut x = sum[i][j];
-                    if c > 0 {
-                        x = V::load(s).add(x);
+                    for j in 0..M {
+                        sum[i][j] = before[i][j].add(sum[i][j]);
                     }
-                    if end == self.d {
-                        if !is_seen {
-                            let [from, until] = self.ranges.map(|range| V::load(&range[begin..]));
-                            let hidden = V::splat(mutate!("attend-finite-sentinel", f32::NEG_INFINITY, -1e4));
-                            x = x.select(V::splat((t + i) as f32).is_within(from, until), hidden);
-                        }
-                        maxima[j] = maxima[j].max(x);
-                    }
-                    x.store(s);
                 }
             }
+            if end == self.d {
+                for j in 0..M {
+                    let all = &self.seen[first + j].all;
+                    if all.start > t || t + N > all.end {
+                        let begin = lanes + j * V::LANES;
+                        let (from, until) = (V::load(&self.ranges[0][begin..]), V::load(&self.ranges[1][begin..]));
+                        let hidden = V::splat(mutate!("attend-finite-sentinel", f32::NEG_INFINITY, -1e4));
+                        for i in 0..N {
+                            sum[i][j] = sum[i][j].select(V::splat((t + i) as f32).is_within(from, until), hidden);
+                        }
+                    }
+                    for i in 0..N {
+                        maxima[j] = maxima[j].max(sum[i][j]);
+                    }
+                }
+            }
+            store(&sum, s, width);
         }
     }
 
@@ -165,17 +171,20 @@ impl PanelOverTile<'_> {
         } else {
             let mut within = Within { first: [V::splat(0.0); M], end: [V::splat(0.0); M] };
             for j in 0..M {
-                [within.first[j], within.end[j]] = self.ranges.map(|range| V::load(&range[lanes + j * V::LANES..]));
+                within.first[j] = V::load(&self.ranges[0][lanes + j * V::LANES..]);
+                within.end[j] = V::load(&self.ranges[1][lanes + j * V::LANES..]);
             }
             accumulate(p, v, any.start..all.start, &within, &mut sum);
             accumulate(p, v, all.clone(), &All, &mut sum);
             accumulate(p, v, all.end..any.end, &within, &mut sum);
         }
+        let acc = &mut self.acc[c * width + lanes..];
+        let acc_before: [[V; M]; N] = load(acc, width);
         for i in 0..N {
             for j in 0..M {
-                let acc = &mut self.acc[(c + i) * width + lanes + j * V::LANES..];
-                V::load(acc).mul_add(before[j], sum[i][j]).store(acc);
+                sum[i][j] = acc_before[i][j].mul_add(before[j], sum[i][j]);
             }
         }
+        store(&sum, acc, width);
     }
 }

@@ -22,7 +22,7 @@ pub(super) struct PanelBackward<'a> {
     /// One for each row; +∞ for a row that passes nothing on.
     pub lse: &'a [f32],
     pub delta: &'a [f32],
-    /// What each vector sees, and, where that is mixed, each row: its first key, and the one after its last.
+    /// What each vector sees; and each row of a vector that does not see all: its first key, and the one after its last.
     pub seen: [Seen; MAX_MR],
     pub ranges: [&'a [f32]; 2],
     /// Pᵀ, then dSᵀ, `[BLOCK_N][W]` each.
@@ -54,7 +54,7 @@ impl Body for PanelBackward<'_> {
         }
 
         let seen = &self.seen[..MR];
-        if seen.iter().all(|s| *s == seen[0] && !s.is_mixed()) {
+        if seen.iter().all(|s| *s == seen[0] && s.any == s.all) {
             self.queries::<V, MR, MR, NR>(0);
         } else {
             (0..MR).for_each(|j| self.queries::<V, MR, 1, NR>(j));
@@ -106,7 +106,8 @@ impl PanelBackward<'_> {
             if is_seen(j) {
                 return x;
             }
-            let [from, until] = self.ranges.map(|range| V::load(&range[lanes + j * V::LANES..]));
+            let begin = lanes + j * V::LANES;
+            let (from, until) = (V::load(&self.ranges[0][begin..]), V::load(&self.ranges[1][begin..]));
             x.select(V::splat((t + i) as f32).is_within(from, until), V::splat(0.0))
         };
         let logits = chained::<V, M, N>(Lanes { data: &self.q[lanes..], stride: width }, self.k.over_channels().skip(t), self.d);
@@ -162,7 +163,8 @@ impl PanelBackward<'_> {
         } else {
             let mut within = Within { first: [V::splat(0.0); M], end: [V::splat(0.0); M] };
             for j in 0..M {
-                [within.first[j], within.end[j]] = self.ranges.map(|range| V::load(&range[lanes + j * V::LANES..]));
+                within.first[j] = V::load(&self.ranges[0][lanes + j * V::LANES..]);
+                within.end[j] = V::load(&self.ranges[1][lanes + j * V::LANES..]);
             }
             accumulate(d_s, k, any.start..all.start, &within, &mut sum);
             accumulate(d_s, k, all.clone(), &All, &mut sum);

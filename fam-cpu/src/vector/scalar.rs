@@ -31,11 +31,12 @@ impl Vector for Scalar {
     #[inline(always)]
     unsafe fn load_from(from: *const f32) -> Self {
         // SAFETY: as the caller promises.
-        Scalar(unsafe { from.cast::<[f32; 8]>().read() })
+        Scalar(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
     }
     #[inline(always)]
-    fn store(self, to: &mut [f32]) {
-        to[..8].copy_from_slice(&self.0);
+    unsafe fn store_to(self, to: *mut f32) {
+        // SAFETY: as the caller promises.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
     }
     #[inline(always)]
     fn transpose(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {

@@ -1,0 +1,129 @@
+//! AVX2 with FMA and F16C: eight lanes, sixteen registers (Intel since Haswell, AMD since Excavator).
+
+use super::{Body, Vector};
+use std::arch::x86_64::*;
+
+/// Eight f32 lanes.
+///
+/// Values exist only inside the shell, which [`crate::Isa::run`] enters on machines that have its instructions.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(__m256);
+
+impl Avx2 {
+    /// Whether this machine has the instructions.
+    pub fn is_available() -> bool {
+        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn shell<B: Body>(body: B) -> B::Output {
+    body.run::<Avx2, { Avx2::MR }, 6>()
+}
+
+/// The value of an expression of intrinsics.
+macro_rules! simd {
+    ($value:expr) => {{
+        // SAFETY: verbs are called inside the shell alone, and what loads and stores touch is checked here or vouched for by callers.
+        unsafe { $value }
+    }};
+}
+
+impl Vector for Avx2 {
+    const LANES: usize = 8;
+    const MR: usize = 2;
+    type Mask = __m256;
+
+    #[inline(always)]
+    fn run<B: Body>(body: B) -> B::Output {
+        debug_assert!(Self::is_available());
+        simd!(shell(body))
+    }
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Avx2(simd!(_mm256_set1_ps(value)))
+    }
+    #[inline(always)]
+    unsafe fn load_from(from: *const f32) -> Self {
+        Avx2(simd!(_mm256_loadu_ps(from)))
+    }
+    #[inline(always)]
+    unsafe fn store_to(self, to: *mut f32) {
+        simd!(_mm256_storeu_ps(to, self.0));
+    }
+    #[inline(always)]
+    fn transpose(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {
+        let mut r = [Self::splat(0.0).0; 8];
+        for i in 0..8 {
+            r[i] = Self::load(&from[i * from_stride..]).0;
+        }
+        // Pairs of rows, then fours, each within the halves of a register; then the halves.
+        let columns = simd!({
+            let pair = |i: usize| [_mm256_unpacklo_ps(r[i], r[i + 1]), _mm256_unpackhi_ps(r[i], r[i + 1])];
+            let [[a0, a1], [b0, b1], [c0, c1], [d0, d1]] = [pair(0), pair(2), pair(4), pair(6)];
+            let four = |a, b| [_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xee>(a, b)];
+            let [[l0, l1], [l2, l3], [h0, h1], [h2, h3]] = [four(a0, b0), four(a1, b1), four(c0, d0), four(c1, d1)];
+            let low = |l, h| _mm256_permute2f128_ps::<0x20>(l, h);
+            let high = |l, h| _mm256_permute2f128_ps::<0x31>(l, h);
+            [low(l0, h0), low(l1, h1), low(l2, h2), low(l3, h3), high(l0, h0), high(l1, h1), high(l2, h2), high(l3, h3)]
+        });
+        for (j, column) in columns.into_iter().enumerate() {
+            Avx2(column).store(&mut to[j * to_stride..]);
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Avx2(simd!(_mm256_add_ps(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Avx2(simd!(_mm256_sub_ps(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        Avx2(simd!(_mm256_mul_ps(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        Avx2(simd!(_mm256_div_ps(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        Avx2(simd!(_mm256_fmadd_ps(self.0, a.0, b.0)))
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // Where either is NaN the instruction takes its second operand.
+        Avx2(simd!(_mm256_max_ps(other.0, self.0)))
+    }
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        Avx2(simd!(_mm256_min_ps(other.0, self.0)))
+    }
+    #[inline(always)]
+    fn ldexp(self, n: Self) -> Self {
+        // In two factors, since 2ⁿ itself may be too small for f32: the first product is exact, the second rounds.
+        Avx2(simd!({
+            let n = _mm256_cvtps_epi32(n.0);
+            let half = _mm256_srai_epi32::<1>(n);
+            let bias = _mm256_set1_epi32(127);
+            let power = |n| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, bias)));
+            _mm256_mul_ps(_mm256_mul_ps(self.0, power(half)), power(_mm256_sub_epi32(n, half)))
+        }))
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        Avx2(simd!(_mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0)))
+    }
+
+    #[inline(always)]
+    fn is_within(self, first: Self, end: Self) -> __m256 {
+        simd!(_mm256_and_ps(_mm256_cmp_ps::<_CMP_LE_OQ>(first.0, self.0), _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, end.0)))
+    }
+    #[inline(always)]
+    fn select(self, mask: __m256, other: Self) -> Self {
+        Avx2(simd!(_mm256_blendv_ps(other.0, self.0, mask)))
+    }
+}

@@ -1,0 +1,143 @@
+//! AVX-512 F, BW, DQ and VL: sixteen lanes, thirty-two registers, masks (Intel since Skylake-X, AMD since Zen 4).
+
+use super::avx2::Avx2;
+use super::{Body, Vector};
+use std::arch::x86_64::*;
+
+/// Sixteen f32 lanes.
+///
+/// Values exist only inside the shell, which [`crate::Isa::run`] enters on machines that have its instructions.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(__m512);
+
+impl Avx512 {
+    /// Whether this machine has the instructions.
+    pub fn is_available() -> bool {
+        Avx2::is_available()
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn shell<B: Body>(body: B) -> B::Output {
+    body.run::<Avx512, { Avx512::MR }, 8>()
+}
+
+/// The value of an expression of intrinsics.
+macro_rules! simd {
+    ($value:expr) => {{
+        // SAFETY: verbs are called inside the shell alone, and what loads and stores touch is checked here or vouched for by callers.
+        unsafe { $value }
+    }};
+}
+
+impl Vector for Avx512 {
+    const LANES: usize = 16;
+    const MR: usize = 2;
+    type Mask = __mmask16;
+
+    #[inline(always)]
+    fn run<B: Body>(body: B) -> B::Output {
+        debug_assert!(Self::is_available());
+        simd!(shell(body))
+    }
+
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Avx512(simd!(_mm512_set1_ps(value)))
+    }
+    #[inline(always)]
+    unsafe fn load_from(from: *const f32) -> Self {
+        Avx512(simd!(_mm512_loadu_ps(from)))
+    }
+    #[inline(always)]
+    unsafe fn store_to(self, to: *mut f32) {
+        simd!(_mm512_storeu_ps(to, self.0));
+    }
+    #[inline(always)]
+    fn transpose(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {
+        let mut r = [Self::splat(0.0).0; 16];
+        for i in 0..16 {
+            r[i] = Self::load(&from[i * from_stride..]).0;
+        }
+        let mut t = r;
+        // Pairs of rows, then fours, each within the quarters of a register; then quarters, twice.
+        for i in (0..16).step_by(2) {
+            (t[i], t[i + 1]) = simd!((_mm512_unpacklo_ps(r[i], r[i + 1]), _mm512_unpackhi_ps(r[i], r[i + 1])));
+        }
+        for i in (0..16).step_by(4) {
+            for j in 0..2 {
+                let (a, b) = (t[i + j], t[i + j + 2]);
+                let four = simd!([_mm512_shuffle_ps::<0x44>(a, b), _mm512_shuffle_ps::<0xee>(a, b)]);
+                (r[i + 2 * j], r[i + 2 * j + 1]) = (four[0], four[1]);
+            }
+        }
+        for c in 0..4 {
+            let quarters = [r[c], r[c + 4], r[c + 8], r[c + 12]];
+            let [a, b, x, y] = quarters;
+            let columns = simd!({
+                let [ab0, ab1] = [_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)];
+                let [xy0, xy1] = [_mm512_shuffle_f32x4::<0x88>(x, y), _mm512_shuffle_f32x4::<0xdd>(x, y)];
+                [
+                    _mm512_shuffle_f32x4::<0x88>(ab0, xy0),
+                    _mm512_shuffle_f32x4::<0x88>(ab1, xy1),
+                    _mm512_shuffle_f32x4::<0xdd>(ab0, xy0),
+                    _mm512_shuffle_f32x4::<0xdd>(ab1, xy1),
+                ]
+            });
+            for (quarter, column) in columns.into_iter().enumerate() {
+                Avx512(column).store(&mut to[(4 * quarter + c) * to_stride..]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Avx512(simd!(_mm512_add_ps(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Avx512(simd!(_mm512_sub_ps(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        Avx512(simd!(_mm512_mul_ps(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        Avx512(simd!(_mm512_div_ps(self.0, other.0)))
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self, b: Self) -> Self {
+        Avx512(simd!(_mm512_fmadd_ps(self.0, a.0, b.0)))
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        // Where either is NaN the instruction takes its second operand.
+        Avx512(simd!(_mm512_max_ps(other.0, self.0)))
+    }
+    #[inline(always)]
+    fn min(self, other: Self) -> Self {
+        Avx512(simd!(_mm512_min_ps(other.0, self.0)))
+    }
+    #[inline(always)]
+    fn ldexp(self, n: Self) -> Self {
+        Avx512(simd!(_mm512_scalef_ps(self.0, n.0)))
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        Avx512(simd!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0)))
+    }
+
+    #[inline(always)]
+    fn is_within(self, first: Self, end: Self) -> __mmask16 {
+        simd!(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(first.0, self.0) & _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, end.0))
+    }
+    #[inline(always)]
+    fn select(self, mask: __mmask16, other: Self) -> Self {
+        Avx512(simd!(_mm512_mask_blend_ps(mask, other.0, self.0)))
+    }
+}
