@@ -18,7 +18,8 @@ use crate::{Dtype, Error, MemKeys, Memory, Op, Plan, Result, Spans, Spec, View, 
 /// call or in many. The caller clears it first. Bytes of keys that no row of the call sees are not touched.
 ///
 /// Keys come from linear caches, since a ring has forgotten. `o` is that of the attention alone: beside a compressive memory the one before
-/// the gate ([`crate::Attend::o_local`]). Gradients flow through window and memory keys alike; who detaches leaves `d_keys` or `d_mem` out.
+/// the gate ([`crate::Attend::o_local`]), for which the plan's out_dtype is f32. A key that was hidden by an infinity, which the forward pass
+/// gives weight 0, is not finite here: hide keys by windows and origins. Gradients flow through window and memory keys alike; who detaches leaves `d_keys` or `d_mem` out.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct AttendBackward<'a, M: ?Sized> {
@@ -49,11 +50,11 @@ pub struct AttendBackward<'a, M: ?Sized> {
 pub struct RowsBackward<'a, M: ?Sized> {
     /// Queries in the shape's dtype.
     pub q: View<'a, M>,
-    /// Output of the forward call, in f32 or the shape's dtype.
+    /// Output of the forward call, in the plan's out_dtype.
     pub o: View<'a, M>,
     /// Log-sum-exp of the forward call, f32, the sink included.
     pub lse: View<'a, M>,
-    /// Gradient with respect to `o`, in f32 or the shape's dtype.
+    /// Gradient with respect to `o`, in the plan's out_dtype.
     pub d_o: View<'a, M>,
     /// Gradient with respect to `lse`, f32; 0 where absent.
     pub d_lse: Option<View<'a, M>>,
@@ -199,7 +200,7 @@ impl<M: Memory + ?Sized> RowsBackward<'_, M> {
         let expect = Expect { field: q, dtype: shape.dtype(), at_least, exactly: [shape.heads(), shape.head_dim()] };
         door.input(expect, &self.q)?;
         for (field, view) in [(o, &self.o), (d_o, &self.d_o)] {
-            door.input(expect.named(field).wide(shape.dtype(), view)?, view)?;
+            door.input(expect.named(field).dtype(spec.out_dtype()), view)?;
         }
         door.input(expect.per_row(lse), &self.lse)?;
         if let Some(view) = &self.d_lse {

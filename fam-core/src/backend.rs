@@ -96,32 +96,22 @@ impl fmt::Display for KernelId {
 pub struct Support {
     /// The kernel of each op of the spec, with its number of phases (see [`Support::phases`]).
     pub kernels: Vec<(KernelId, usize)>,
-    /// Bytes of scratch memory that every call of the plan is handed; contents need not survive between calls.
+    /// Bytes of scratch memory that every call of the plan is handed; contents need not survive between calls (the phases of a call are one).
     pub scratch_bytes: u64,
-    /// Bytes that the largest forward call keeps for its backward call, beside its arguments and its `o`; 0 where the plan has no
-    /// backward ops. They are tensors of the caller's: [`Spec::saved_bytes`].
-    pub saved_bytes: u64,
     /// Bytes of the key ring of all slots. Slot `s` is bytes `s·ring_bytes/slots ..`: a slot is the page, copied whole.
     pub ring_bytes: u64,
 }
 
 impl Support {
-    /// No scratch, nothing saved, no ring; add what the backend needs.
+    /// No scratch, no ring; add what the backend needs.
     pub fn new(kernels: Vec<(KernelId, usize)>) -> Self {
-        Support { kernels, scratch_bytes: 0, saved_bytes: 0, ring_bytes: 0 }
+        Support { kernels, scratch_bytes: 0, ring_bytes: 0 }
     }
 
     /// Sets [`Support::scratch_bytes`].
     #[must_use]
     pub fn scratch_bytes(mut self, bytes: u64) -> Self {
         self.scratch_bytes = bytes;
-        self
-    }
-
-    /// Sets [`Support::saved_bytes`].
-    #[must_use]
-    pub fn saved_bytes(mut self, bytes: u64) -> Self {
-        self.saved_bytes = bytes;
         self
     }
 
@@ -149,6 +139,10 @@ pub trait Plan: Send + Sync {
     fn spec(&self) -> &Spec;
     /// What was chosen.
     fn support(&self) -> &Support;
+    /// Bytes that the forward pass keeps for the backward pass: [`Spec::saved_bytes`].
+    fn saved_bytes(&self) -> u64 {
+        self.spec().saved_bytes()
+    }
 }
 
 /// The plan of a backend that has nothing else to remember.

@@ -22,9 +22,9 @@ pub struct InfiniReadBackward<'a, M: ?Sized> {
     pub spans: Spans<'a, M>,
     /// As in the forward call.
     pub state: InfiniState<'a, M>,
-    /// The local attention's output, `[N, 1, L, Hq, D]` in f32 or the shape's dtype.
+    /// The local attention's output, `[N, 1, L, Hq, D]` of f32.
     pub o_local: View<'a, M>,
-    /// Gradient with respect to `o`, `[N, 1, L, Hq, D]` in f32 or the shape's dtype.
+    /// Gradient with respect to `o`, `[N, 1, L, Hq, D]` in the plan's out_dtype.
     pub d_o: View<'a, M>,
     /// Of `infini_q`: `[N, 1, L, Hq, D]` in the plan's out_dtype, written.
     pub d_q: ViewMut<'a, M>,
@@ -83,10 +83,10 @@ impl<'a, M: Memory + ?Sized> InfiniReadBackward<'a, M> {
         let extent = door.spans(&self.spans, spec)?;
         self.state.validate(&mut door, shape, &extent)?;
         let at_least = [extent.batch, 1, extent.rows];
-        let expect = Expect { field: "d_q", dtype: spec.out_dtype(), at_least, exactly: [shape.heads(), shape.head_dim()] };
-        for (field, view) in [("o_local", &self.o_local), ("d_o", &self.d_o)] {
-            door.input(expect.named(field).wide(shape.dtype(), view)?, view)?;
-        }
+        let exactly = [shape.heads(), shape.head_dim()];
+        let expect = Expect { field: "d_infini_q", dtype: spec.out_dtype(), at_least, exactly };
+        door.input(expect.named("o_local").dtype(Dtype::F32), &self.o_local)?;
+        door.input(expect.named("d_o"), &self.d_o)?;
         door.output(expect, &self.d_q)?;
         door.output(expect.named("d_o_local").dtype(Dtype::F32), &self.d_o_local)?;
         if let Some(StateGradients { d_m, d_z }) = &self.d_state {

@@ -130,7 +130,7 @@
 //!   of its block and of later ones, from memory rows, and from every query head of its group, in as many calls as the caller likes: the
 //!   memory's recurrence takes one a block, the last block first. The caller clears them before the first.
 //! * Saved from the forward pass are `lse` and `o`, where it is gated `o` before the gate ([`Attend::o_local`]): at g = 0.99 the gated one has
-//!   lost it. [`Support::saved_bytes`] counts them. Keys lie in linear caches, for a ring has forgotten, and m and z in an entry for every
+//!   lost it. [`Spec::saved_bytes`] counts them. Keys lie in linear caches, for a ring has forgotten, and m and z in an entry for every
 //!   segment.
 //! * Nothing is detached: gradients flow through window and memory keys, without which the memory does not form. A caller that
 //!   wants to cut them leaves those outputs out.

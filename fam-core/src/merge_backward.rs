@@ -18,7 +18,7 @@ pub struct MergeBackward<'a, M: ?Sized> {
     pub a: Partial<'a, M>,
     /// The other part.
     pub b: Partial<'a, M>,
-    /// Gradient with respect to `o`, `[N, nb, L, Hq, D]` in f32 or the shape's dtype. Its sizes are the call's.
+    /// Gradient with respect to `o`, `[N, nb, L, Hq, D]` in the plan's out_dtype. Its sizes are the call's.
     pub d_o: View<'a, M>,
     /// Gradient with respect to `lse`, `[N, nb, L, Hq, 1]` of f32; 0 where absent.
     pub d_lse: Option<View<'a, M>>,
@@ -61,7 +61,7 @@ impl<'a, M: Memory + ?Sized> MergeBackward<'a, M> {
         let expect = whole(spec, "d_o", &self.d_o.layout)?;
         self.a.validate(&mut door, expect, dtype, ["o_a", "lse_a"])?;
         self.b.validate(&mut door, expect, dtype, ["o_b", "lse_b"])?;
-        door.input(expect.wide(dtype, &self.d_o)?, &self.d_o)?;
+        door.input(expect, &self.d_o)?;
         if let Some(d_lse) = &self.d_lse {
             door.input(expect.per_row("d_lse"), d_lse)?;
         }

@@ -308,18 +308,19 @@ impl Spec {
         &self.ops
     }
 
-    /// Bytes that the largest forward call keeps for its backward call, beside its arguments and `o`: the f32 tensors `lse`, `mem_lse` and,
-    /// with a compressive memory, `o_local`. 0 without [`Op::AttendBackward`].
+    /// Bytes that the largest forward call keeps for its backward call, beside its arguments and its outputs `o`: for [`Op::AttendBackward`]
+    /// the f32 tensors `lse`, `mem_lse` and, with a compressive memory, `o_local`; for the infini ops m and z as each of the call's blocks read
+    /// them (a caller that keeps fewer writes them again with `infini_write`). 0 without backward ops. Linear keys are arguments.
     pub fn saved_bytes(&self) -> u64 {
-        if !self.ops.contains(&Op::AttendBackward) {
-            return 0;
-        }
         let s = &self.shape;
-        let [batch, heads, rows, blocks, mem_len, d] =
-            [self.batch, s.heads, self.rows, self.blocks, s.mem_len, s.head_dim].map(|size| size as u64);
+        let [batch, heads, rows, blocks, mem_len, d, kv_heads] =
+            [self.batch, s.heads, self.rows, self.blocks, s.mem_len, s.head_dim, s.kv_heads].map(|size| size as u64);
+        let of = |ops: &[Op], elements: u64| if ops.iter().any(|op| self.ops.contains(op)) { 4 * elements } else { 0 };
         let per_row = if s.infini.is_some() { 1 + d } else { 1 };
-        // q and mem_q were checked to have at most 2³¹ elements each.
-        4 * (batch * heads * rows * per_row + batch * heads * blocks * mem_len)
+        // q, mem_q and a slot's m were checked to have at most 2³¹ elements each.
+        let results = of(&[Op::AttendBackward], batch * heads * rows * per_row + batch * heads * blocks * mem_len);
+        let states = (kv_heads * d * (d + 1)).saturating_mul(batch * blocks);
+        results.saturating_add(of(&[Op::InfiniReadBackward, Op::InfiniWriteBackward], states.min(u64::MAX / 4)))
     }
 }
 

@@ -94,7 +94,7 @@ fn arguments_of_attend_backward() {
     let valid = || {
         Tensors::new(&[
             ("q", F16, rows),
-            ("o", F32, rows),
+            ("o", F16, rows),
             ("lse", F32, per_row(rows)),
             ("d_o", F16, rows),
             ("d_lse", F32, per_row(rows)),
@@ -102,7 +102,7 @@ fn arguments_of_attend_backward() {
             ("mem_q", F16, mem),
             ("mem_o", F16, mem),
             ("mem_lse", F32, per_row(mem)),
-            ("d_mem_o", F32, mem),
+            ("d_mem_o", F16, mem),
             ("d_mem_lse", F32, per_row(mem)),
             ("d_mem_q", F16, mem),
             ("k", F16, keys),
@@ -168,8 +168,8 @@ fn arguments_of_infini_read_backward() {
             ("z", F32, [N, 2, 1, 2, D]),
             ("beta", F32, [1, 1, 1, 4, 1]),
             ("o_local", F32, rows),
-            ("d_o", F16, rows),
-            ("d_q", F32, rows),
+            ("d_o", F32, rows),
+            ("d_infini_q", F32, rows),
             ("d_o_local", F32, rows),
             ("d_m", F32, [N, 2, D, 2, D]),
             ("d_z", F32, [N, 2, 1, 2, D]),
@@ -180,12 +180,12 @@ fn arguments_of_infini_read_backward() {
         let mut t = tensors.take();
         let state = InfiniState { q: t.input("infini_q"), m: t.input("m"), z: t.input("z"), beta: t.input("beta") };
         let (o_local, d_o) = (t.input("o_local"), t.input("d_o"));
-        InfiniReadBackward::new(Spans::Host(&spans), state, o_local, d_o, t.output("d_q"), t.output("d_o_local"))
+        InfiniReadBackward::new(Spans::Host(&spans), state, o_local, d_o, t.output("d_infini_q"), t.output("d_o_local"))
             .d_state(t.output("d_m"), t.output("d_z"))
             .d_beta(t.output("d_beta"))
             .validate(&plan, &scratch)
     };
-    each_is_checked(valid, &["d_q", "d_o_local", "d_m", "d_z", "d_beta"], check);
+    each_is_checked(valid, &["d_infini_q", "d_o_local", "d_m", "d_z", "d_beta"], check);
     for name in ["d_m", "d_z"] {
         let mut tensors = valid();
         tensors.find(name).1.shape[1] = 3;
@@ -270,6 +270,9 @@ fn saved_bytes_count_what_is_not_an_output_already() {
     assert_eq!(saved(shape(), &training), (N * 4 * (6 + 2 * F) * 4) as u64);
     let o_local = N * 4 * 6 * D * 4;
     assert_eq!(saved(shape().infini(InfiniRule::Linear), &training), (N * 4 * (6 + 2 * F) * 4 + o_local) as u64);
+    // m and z of 2 blocks, in 2 kv heads.
+    let states = [Op::InfiniRead, Op::InfiniReadBackward, Op::InfiniWriteBackward];
+    assert_eq!(saved(shape().infini(InfiniRule::Delta), &states), (N * 2 * 2 * (D * D + D) * 4) as u64);
     let plan = plan(shape().build().unwrap().spec(1, 4));
     let (k, v) = (region(0), region(1 << 20));
     let layout = Layout::tokens(F32, [1, 4, 2, D]);

@@ -35,7 +35,13 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scra
         None => None,
     };
     let groups = spec.shape().kv_heads();
-    let grid = Grid { streams: spans.batch(), groups, tiles: 1, spans: Some(spans), writes_slots: true };
+    let grid = Grid {
+        streams: spans.batch(),
+        groups,
+        tiles: 1,
+        spans: Some(spans),
+        writes_slots: Some(|s| s.len > 0 || s.mem_rows > 0),
+    };
     run(par, &grid, scratch, 0, &|task, _| {
         if !task.owns_slot() {
             return;

@@ -13,7 +13,7 @@
 mod panel;
 
 use crate::CpuPlan;
-use crate::infini_backward::{dot, per_stream, sum_streams};
+use crate::infini_backward::{count_in, dot, per_stream, sum_streams};
 use crate::memory::{Cache, Floats, Input};
 use crate::pack::{self, Convert, Rows, with_element};
 use crate::parallel::output::{Output, Owner};
@@ -96,7 +96,13 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: AttendBackward<'_, [u8
         d_mem: args.d_mem.map(KeyOutputs::new),
         d_sink: Output::new(ViewMut::new(&mut *parts, layout), owner),
     };
-    let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles: 1, spans: Some(spans), writes_slots: true };
+    let grid = Grid {
+        streams: spans.batch(),
+        groups: shape.kv_heads(),
+        tiles: 1,
+        spans: Some(spans),
+        writes_slots: Some(|s| s.len > 0),
+    };
     run_phase(par, Phase { number: 0, of: 2 }, &grid, scratch, plan.share, &|task, scratch| {
         plan.isa.run(StreamOfRows { kernel: &kernel, task, scratch });
     })?;
@@ -171,7 +177,7 @@ impl<T: Convert> Body for StreamOfRows<'_, '_, T> {
         let mut b = Buffers { q, d_o, d_q, q_rows, d_o_rows, k, v, d_k, d_v, p, stage, states, ranges };
         let (span, group) = (task.span(), shape.group());
         for head in task.group() * group..(task.group() + 1) * group {
-            kernel.d_sink.write(task, [task.n(), 0, 0, head], &[0.0]);
+            kernel.d_sink.row::<f32>(task, [task.n(), 0, 0, head]).fill(0.0);
         }
         for i in 0..span.blocks(shape.block_len()) {
             let block_len = shape.block_len() as u64;
@@ -225,7 +231,7 @@ impl<T: Convert> Kernel<'_, T> {
                 lse[r] = saved;
                 if let Some(sink) = &self.sink {
                     let of_sink = (sink.row([0, 0, 0, at[3]])[0] - saved).exp();
-                    self.d_sink.row::<f32>(task, [n, 0, 0, at[3]])[0] -= of_sink * delta[r];
+                    count_in(self.d_sink.row(task, [n, 0, 0, at[3]]), -of_sink * delta[r]);
                 }
             }
         }

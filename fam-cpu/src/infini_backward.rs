@@ -60,17 +60,32 @@ fn read_typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniReadBackwar
         d_state: args.d_state.map(StateOutput::new),
         d_beta: Output::new(ViewMut::new(&mut *parts, layout), owner),
     };
-    let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles: 1, spans: Some(spans), writes_slots: true };
+    let grid = Grid {
+        streams: spans.batch(),
+        groups: shape.kv_heads(),
+        tiles: 1,
+        spans: Some(spans),
+        writes_slots: Some(|s| s.len > 0),
+    };
     run_phase(par, Phase { number: 0, of: 2 }, &grid, scratch, plan.share, &|task, scratch| {
         plan.isa.run(ReadTask { kernel: &kernel, task, scratch });
     })?;
     sum_streams(par, scratch, shape, View::new(parts, layout), args.d_beta)
 }
 
-/// Where each stream's part of a gradient per head lies: `[N, Hq]`.
+/// Where each stream's part of a gradient per head lies, in two numbers: `[N, Hq, 2]`.
 pub(crate) fn per_stream(streams: usize, shape: &Shape) -> Layout {
     let heads = shape.heads();
-    Layout { shape: [streams, 1, 1, heads, 1], stride: [heads, 0, 0, 1], ..Layout::per_head(heads) }
+    Layout { shape: [streams, 1, 1, heads, 2], stride: [2 * heads, 0, 0, 2], ..Layout::per_head(heads) }
+}
+
+/// Adds to a sum of two numbers, of which the second has what the first has lost: all rows of a stream add to it one by one, and a single f32
+/// would stop counting.
+#[inline(always)]
+pub(crate) fn count_in(sum: &mut [f32], x: f32) {
+    let total = f64::from(sum[0]) + f64::from(sum[1]) + f64::from(x);
+    sum[0] = total as f32;
+    sum[1] = (total - f64::from(sum[0])) as f32;
 }
 
 /// The second phase of an op: adds each stream's part of a gradient per head to the whole, in the order of the streams.
@@ -84,12 +99,12 @@ pub(crate) fn sum_streams(
     let parts = Input::<f32>::new(&parts);
     let to = to.map(|to| Output::new(to, Owner::Stream { heads: shape.group() }));
     let groups = if to.is_some() { shape.kv_heads() } else { 0 };
-    let grid = Grid { streams: 1, groups, tiles: 1, spans: None, writes_slots: false };
+    let grid = Grid { streams: 1, groups, tiles: 1, spans: None, writes_slots: None };
     run_phase(par, Phase { number: 1, of: 2 }, &grid, scratch, 0, &|task, _| {
         let Some(to) = &to else { return };
         for head in task.group() * shape.group()..(task.group() + 1) * shape.group() {
-            let sum: f32 = (0..parts.layout().shape[0]).map(|n| parts.row([n, 0, 0, head])[0]).sum();
-            to.row::<f32>(task, [0, 0, 0, head])[0] += sum;
+            let sum: f64 = (0..parts.layout().shape[0]).flat_map(|n| parts.row([n, 0, 0, head])).map(|x| f64::from(*x)).sum();
+            to.row::<f32>(task, [0, 0, 0, head])[0] += sum as f32;
         }
     })
 }
@@ -184,7 +199,7 @@ impl<T: Convert> Body for ReadTask<'_, T> {
         let (n, span, kv_head) = (task.n(), task.span(), task.group());
         let (first_head, block_len) = (kv_head * group, kernel.shape.block_len() as u64);
         for head in first_head..first_head + group {
-            kernel.d_beta.write(task, [n, 0, 0, head], &[0.0]);
+            kernel.d_beta.row::<f32>(task, [n, 0, 0, head]).fill(0.0);
         }
         for i in 0..span.blocks(block_len as usize) {
             let i = mutate!("infini-backward-entry", i, i + 1);
@@ -220,7 +235,7 @@ impl<T: Convert> Body for ReadTask<'_, T> {
                     let (of_memory, of_local) = mutate!("infini-backward-gate", (of_memory, of_local), (of_local, of_memory));
                     let (d_o, o) = (&mut d_a[row.clone()], &mut o[row.clone()]);
                     let d_gate = dot(d_o, &a[row]) - dot(d_o, o);
-                    kernel.d_beta.row::<f32>(task, [n, 0, 0, at[3]])[0] += of_memory * of_local * d_gate;
+                    count_in(kernel.d_beta.row(task, [n, 0, 0, at[3]]), of_memory * of_local * d_gate);
                     o.iter_mut().zip(&*d_o).for_each(|(o, d_o)| *o = of_local * d_o);
                     d_o.iter_mut().for_each(|d_o| *d_o *= of_memory);
                     kernel.d_o_local.write(task, at, &o[..d]);
@@ -266,7 +281,13 @@ fn write_typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniWriteBackw
         d_state: StateOutput::new(args.d_state),
         d_keys: args.d_keys.map(|g| [g.d_k, g.d_v].map(|view| Output::new(view, Owner::Slot))),
     };
-    let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles: 1, spans: Some(spans), writes_slots: true };
+    let grid = Grid {
+        streams: spans.batch(),
+        groups: shape.kv_heads(),
+        tiles: 1,
+        spans: Some(spans),
+        writes_slots: Some(|s| s.len > 0),
+    };
     run(par, &grid, scratch, plan.share, &|task, scratch| plan.isa.run(WriteTask { kernel: &kernel, task, scratch }))
 }
 

@@ -37,7 +37,7 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniRead<'_, [u8]>, 
     let spans = SpanSource::new(args.spans, spec, None, false);
     let tiles = spans.max_rows().div_ceil(tile.tokens);
     let o = Output::new(args.o, Owner::Tile { heads: shape.group(), rows: tile.tokens, tiles, first: 0 });
-    let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles, spans: Some(spans), writes_slots: false };
+    let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles, spans: Some(spans), writes_slots: None };
     let kernel = Kernel { shape, tile, state: State::<T>::new(&args.state), o_local: Input::new(&args.o_local), o };
     run(par, &grid, scratch, plan.share, &|task, scratch| plan.isa.run(TileOfRows { kernel: &kernel, task, scratch }))
 }

@@ -43,7 +43,13 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniWrite<'_, [u8]>,
         m: Output::new(args.m, Owner::Slot),
         z: Output::new(args.z, Owner::Slot),
     };
-    let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles: 1, spans: Some(spans), writes_slots: true };
+    let grid = Grid {
+        streams: spans.batch(),
+        groups: shape.kv_heads(),
+        tiles: 1,
+        spans: Some(spans),
+        writes_slots: Some(|s| s.len > 0),
+    };
     run(par, &grid, scratch, plan.share, &|task, scratch| plan.isa.run(Segments { kernel: &kernel, task, scratch }))
 }
 

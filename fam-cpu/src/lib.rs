@@ -23,7 +23,7 @@
 //! Memory is `[u8]`, aligned for its elements; a slice of elements becomes a view with [`fam_core::View::of`]. Operations run where the
 //! queue, a [`Par`], says; they allocate nothing, and their bits depend neither on the number of threads nor on who runs them.
 //!
-//! NaN and infinities in a key or value reach exactly the rows that see it.
+//! NaN and infinities in a key or value reach exactly the rows that see it; in the backward ops, no other stream and kv head.
 
 #![deny(unsafe_code)]
 #![allow(clippy::needless_range_loop, reason = "i and j are the indices of a block of registers")]
@@ -150,7 +150,6 @@ impl Backend for Cpu {
                 parallel::scratch_bytes(tile::worker_share(spec), self.threads)
                     + parallel::shared_bytes(tile::shared(spec)) as u64,
             )
-            .saved_bytes(spec.saved_bytes())
             .ring_bytes(ring_bytes))
     }
 

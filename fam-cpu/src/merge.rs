@@ -24,7 +24,7 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
     let parts = [Part::new(&args.a), Part::new(&args.b)];
     let o = Output::new(args.o, owner);
     let lse = args.lse.map(|lse| Output::new(lse, owner));
-    let grid = Grid { streams: batch, groups: heads, tiles: blocks.saturating_mul(tiles), spans: None, writes_slots: false };
+    let grid = Grid { streams: batch, groups: heads, tiles: blocks.saturating_mul(tiles), spans: None, writes_slots: None };
     run(par, &grid, scratch, 0, &|task, _| {
         let (block, first) = (task.tile() / tiles, task.tile() % tiles * ROWS);
         for row in first..(first + ROWS).min(rows) {

@@ -24,7 +24,7 @@ pub(crate) fn merge_backward(plan: &CpuPlan, par: &Par<'_>, args: MergeBackward<
     let parts = [Part::new(&args.a), Part::new(&args.b)];
     let (d_o, d_lse) = (Floats::new(&args.d_o), args.d_lse.as_ref().map(Input::<f32>::new));
     let gradients = [args.d_a, args.d_b].map(|part| (Output::new(part.d_o, owner), Output::new(part.d_lse, owner)));
-    let grid = Grid { streams: batch, groups: heads, tiles: blocks.saturating_mul(tiles), spans: None, writes_slots: false };
+    let grid = Grid { streams: batch, groups: heads, tiles: blocks.saturating_mul(tiles), spans: None, writes_slots: None };
     run(par, &grid, scratch, 0, &|task, _| {
         let (block, first) = (task.tile() / tiles, task.tile() % tiles * ROWS);
         for row in first..(first + ROWS).min(rows) {
@@ -36,17 +36,18 @@ pub(crate) fn merge_backward(plan: &CpuPlan, par: &Par<'_>, args: MergeBackward<
             let [mut upstream, mut o] = [[0.0; MAX_HEAD_DIM]; 2];
             d_o.pack(at, &mut upstream[..d]);
             let upstream = &mut upstream[..d];
-            // d_o·o of each part. One of weight 0 may hold NaN, and passes nothing on.
-            let dots = [0, 1].map(|i| {
-                if p[i] == 0.0 {
-                    return 0.0;
-                }
-                parts[i].o.pack(at, &mut o[..d]);
-                upstream.iter().zip(&o[..d]).fold(0.0, |sum, (d_o, o)| sum + d_o * o)
-            });
+            // d_o·(o_a − o_b); beside a part of weight 0, which may hold NaN, nothing is shared.
+            let apart = if p[0] == 0.0 || p[1] == 0.0 {
+                0.0
+            } else {
+                let mut o_b = [0.0; MAX_HEAD_DIM];
+                parts[0].o.pack(at, &mut o[..d]);
+                parts[1].o.pack(at, &mut o_b[..d]);
+                upstream.iter().zip(o[..d].iter().zip(&o_b)).fold(0.0, |sum, (d_o, (a, b))| sum + d_o * (a - b))
+            };
             let d_lse = d_lse.as_ref().map_or(0.0, |d_lse| d_lse.row(at)[0]);
             for (i, (d_o_of_part, d_lse_of_part)) in gradients.iter().enumerate() {
-                let between = mutate!("merge-backward-other", p[1 - i], 1.0) * (dots[i] - dots[1 - i]);
+                let between = mutate!("merge-backward-other", p[1 - i], 1.0) * [apart, -apart][i];
                 let through_lse = mutate!("merge-backward-lse", d_lse, 0.0);
                 d_lse_of_part.write(task, at, &[if p[i] == 0.0 { 0.0 } else { p[i] * (between + through_lse) }]);
                 // An empty part gets +0, whatever the sign of d_o.

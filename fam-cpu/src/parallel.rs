@@ -83,8 +83,9 @@ pub(crate) struct Grid<'a> {
     pub tiles: usize,
     /// The streams' spans; `None` where an op has none.
     pub spans: Option<SpanSource<'a>>,
-    /// Whether tasks write rows of their stream's slot. Of streams that name one slot (only device spans can) the first has it.
-    pub writes_slots: bool,
+    /// Which spans write rows of their slot; `None` where tasks write none. Of streams that name one slot (only device spans can) the first
+    /// that writes has it.
+    pub writes_slots: Option<fn(&Span) -> bool>,
 }
 
 impl Grid<'_> {
@@ -98,7 +99,10 @@ impl Grid<'_> {
     fn task(&self, index: usize) -> Task {
         let (n, rest) = (index / (self.groups * self.tiles), index % (self.groups * self.tiles));
         let (span, slot) = match &self.spans {
-            Some(spans) => (spans.get(n), (self.writes_slots && spans.is_first_of_slot(n)).then(|| spans.get(n).slot as usize)),
+            Some(spans) => (
+                spans.get(n),
+                self.writes_slots.is_some_and(|writes| spans.is_first_of_slot(n, writes)).then(|| spans.get(n).slot as usize),
+            ),
             None => (Span::default(), None),
         };
         Task { n, group: rest / self.tiles, tile: rest % self.tiles, tiles: self.tiles, span, slot }

@@ -41,16 +41,11 @@ impl<'a> SpanSource<'a> {
         span
     }
 
-    /// Whether no earlier stream names the slot of stream `n`. Host spans are validated to name each once.
-    pub fn is_first_of_slot(&self, n: usize) -> bool {
-        match self.spans {
-            Spans::Host(_) => true,
-            Spans::Device { .. } => {
-                let touches = |s: &Span| s.len > 0 || s.mem_rows > 0;
-                let slot = self.get(n).slot;
-                !(0..n).map(|i| self.get(i)).any(|s| s.slot == slot && touches(&s))
-            }
-        }
+    /// Whether stream `n` writes its slot, and none before it does. Host spans are validated to name each slot once.
+    pub fn is_first_of_slot(&self, n: usize, writes: fn(&Span) -> bool) -> bool {
+        let span = self.get(n);
+        let is_taken = || (0..n).map(|i| self.get(i)).any(|s| s.slot == span.slot && writes(&s));
+        writes(&span) && (matches!(self.spans, Spans::Host(_)) || !is_taken())
     }
 
     /// Most tokens of a stream.

@@ -58,10 +58,10 @@ pub(crate) fn worker_share(spec: &Spec) -> usize {
     sizes.max().unwrap_or(0)
 }
 
-/// Elements of scratch memory that all tasks of an op share, for any op of the plan: each stream's part of a gradient per head.
+/// Elements of scratch memory that all tasks of an op share, for any op of the plan: each stream's part of a gradient per head, in two numbers.
 pub(crate) fn shared(spec: &Spec) -> usize {
     let sums_streams = [Op::AttendBackward, Op::InfiniReadBackward].iter().any(|op| spec.ops().contains(op));
-    if sums_streams { spec.batch() * spec.shape().heads() } else { 0 }
+    if sums_streams { 2 * spec.batch() * spec.shape().heads() } else { 0 }
 }
 
 /// Elements of buffers of `sizes`.

@@ -46,7 +46,7 @@ pub(crate) fn bounds(case: &Case, data: &mut Data, checker: &Checker<'_>) -> Res
     let groups = [(&mut attended.rows, Role::O, Role::Lse), (&mut attended.mem_rows, Role::MemO, Role::MemLse)];
     for (rows, o, lse) in groups {
         let Some(rows) = rows else { continue };
-        rows.o.data.iter_mut().for_each(|x| *x = round(*x, case.gradients.o));
+        rows.o.data.iter_mut().for_each(|x| *x = round(*x, case.out_dtype));
         rows.lse.data.iter_mut().for_each(|x| *x = round(*x, Dtype::F32));
         let [n, i, r, heads] = rows.lse.shape;
         data.set(o, rows.o.clone());

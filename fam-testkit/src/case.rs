@@ -133,10 +133,6 @@ pub struct Case {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Gradients {
-    /// Type of the saved outputs `o`, `mem_o` and `o_local`: the shape's dtype or f32.
-    pub o: Dtype,
-    /// Type of the arriving gradients of `o` and `mem_o`: the shape's dtype or f32.
-    pub d_o: Dtype,
     /// Whether gradients of the log-sum-exps arrive.
     pub d_lse: bool,
     /// Whether `d_k` and `d_v` are asked for.
@@ -345,7 +341,7 @@ impl fmt::Display for Case {
 
 impl fmt::Display for Gradients {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "saved={} d_o={} wants=", self.o, self.d_o)?;
+        f.write_str("wants=")?;
         let wants = [(self.keys, "k"), (self.mem, "m"), (self.sink, "s"), (self.state, "i"), (self.beta, "b")];
         wants.into_iter().filter(|(wanted, _)| *wanted).try_for_each(|(_, name)| f.write_str(name))?;
         if self.d_lse { f.write_str(" d_lse") } else { Ok(()) }

@@ -51,8 +51,6 @@ impl Coverage {
             ("sink", flag(case.sink)),
             ("lse", flag(case.lse)),
             ("d_lse", flag(case.gradients.d_lse)),
-            ("saved", name(case.gradients.o.name())),
-            ("d_o", name(case.gradients.d_o.name())),
             ("o_local", flag(case.fused && case.o_local)),
             ("fused infini", flag(case.fused)),
             (
@@ -185,8 +183,6 @@ fn axes() -> Vec<(&'static str, Vec<(u64, String)>)> {
         ("strides", names(&Strides::ALL.map(Strides::name))),
         ("style", names(&Style::ALL.map(Style::name))),
         ("out", names(&Dtype::ALL.map(Dtype::name))),
-        ("saved", names(&Dtype::ALL.map(Dtype::name))),
-        ("d_o", names(&Dtype::ALL.map(Dtype::name))),
         ("device spans", names(&["no", "yes", "to be clamped"])),
         ("row groups", names(&["both", "block", "memory", "none"])),
         ("origin", names(&["0", "aligned", "unaligned"])),
@@ -218,8 +214,6 @@ fn concerns(op: Op, axis: &str) -> bool {
         "out" => !matches!(op, Op::Append | Op::InfiniWrite | Op::InfiniWriteBackward),
         "lse" => matches!(op, Op::Attend | Op::Merge),
         "d_lse" => matches!(op, Op::AttendBackward | Op::MergeBackward),
-        "saved" => matches!(op, Op::AttendBackward | Op::InfiniReadBackward),
-        "d_o" => matches!(op, Op::AttendBackward | Op::InfiniReadBackward | Op::MergeBackward),
         "sink" => is_attend,
         _ => op == Op::Attend,
     }

@@ -230,11 +230,8 @@ impl Case {
                 _ => shape[growth.pick(&[0, 1, 2])] += 1 + growth.below(2),
             }
         }
-        let is_backward = Op::BACKWARD.contains(&self.op);
         let dtype = match role {
-            O | MemO | OLocal if is_backward => self.gradients.o,
-            DO | DMemO => self.gradients.d_o,
-            O | MemO | DQ | DMemQ | DInfiniQ => self.out_dtype,
+            O | MemO | DO | DMemO | DQ | DMemQ | DInfiniQ => self.out_dtype,
             Sink | Beta | M | Z | OLocal | Lse | MemLse => Dtype::F32,
             role if role.is_gradient() => Dtype::F32,
             _ => s.dtype(),

@@ -121,7 +121,7 @@ fn attempt(seed: u64, op: Op, dtype: Dtype, distribution: Distribution, is_dense
         sink: matches!(op, Op::Attend | Op::AttendBackward) && rng.chance(1, 4) && distribution != Distribution::Denormals,
         fused: op == Op::Attend && shape.infini().is_some(),
         o_local: Rng::of(seed, "o_local").chance(1, 2),
-        gradients: gradients(seed, dtype),
+        gradients: gradients(seed),
         part_dtypes: [rng.pick(&[dtype, Dtype::F32]), rng.pick(&[dtype, Dtype::F32])],
         strides: rng.pick(&[Strides::Packed, Strides::HeadsMajor, Strides::Padded, Strides::Padded, Strides::Broadcast]),
     };
@@ -153,12 +153,11 @@ fn attempt(seed: u64, op: Op, dtype: Dtype, distribution: Distribution, is_dense
 }
 
 /// Of a generator of its own: it was appended.
-fn gradients(seed: u64, dtype: Dtype) -> Gradients {
+fn gradients(seed: u64) -> Gradients {
     let mut rng = Rng::of(seed, "gradients");
-    let [o, d_o] = [(); 2].map(|()| rng.pick(&[dtype, Dtype::F32]));
     let d_lse = rng.chance(1, 2);
     let [keys, mem, sink, state, beta] = [(); 5].map(|()| rng.chance(5, 6));
-    Gradients { o, d_o, d_lse, keys, mem, sink, state, beta }
+    Gradients { d_lse, keys, mem, sink, state, beta }
 }
 
 /// Leaves a stream without tokens, as a captured graph meets it whose batch is larger than what is left to do.

@@ -43,13 +43,11 @@ pub(crate) fn fill(case: &Case, role: Role, distribution: Distribution) -> Array
                         // f32 digits, in the range of the output.
                         OLocal => {
                             source.value(r, h, row);
-                            let dtype = if case.op == Op::InfiniReadBackward { case.gradients.o } else { Dtype::F32 };
-                            row.iter_mut().for_each(|x| *x = round(*x * (1.0 - rng.unit() / 512.0), dtype));
+                            row.iter_mut().for_each(|x| *x = round(*x * (1.0 - rng.unit() / 512.0), Dtype::F32));
                         }
                         DO | DMemO => {
                             source.value(r, h, row);
-                            let dtype = case.gradients.d_o;
-                            row.iter_mut().for_each(|x| *x = round(*x * (1.0 - rng.unit() / 512.0), dtype));
+                            row.iter_mut().for_each(|x| *x = round(*x * (1.0 - rng.unit() / 512.0), case.out_dtype));
                         }
                         DLse | DMemLse => row[0] = rng.normal() as f32 as f64,
                         Beta => row[0] = beta(&mut rng),

@@ -302,9 +302,14 @@ impl Pair {
         let lost = if is_nothing { 0.0 } else { LEAST };
         let d_logit_error = through + p_error * x.abs() + 2.0 * U32 * d_logit.abs() + lost;
         let mut pair = Pair { scale, p, p_error, d_logit, d_logit_error, made_of: p * total };
-        // P16, and dS16: both are rounded to 16 bits before they meet a matrix.
+        // P16, and dS16: both are rounded to 16 bits before they meet a matrix, and so is a d_o of f32, for d_o·v and for d_v alike.
         if let Some(p16) = bound.p16 {
             let rounded = |x: f64| 1.01 * p16.unit_roundoff() * x.abs() + tiny(p16);
+            if bound.out_dtype == Dtype::F32 {
+                pair.p_error += rounded(p);
+                pair.d_logit_error +=
+                    p * (rounded(magnitude_of(row.d_o, v)) + tiny(p16) * v.iter().map(|v| v.abs()).sum::<f64>());
+            }
             pair.p_error += rounded(p);
             pair.d_logit_error += if d_logit.abs() > largest(p16) / 2.0 { f64::INFINITY } else { rounded(d_logit) };
         }

@@ -4,7 +4,7 @@ use crate::case::Case;
 use crate::check::{Checker, Element, Rule};
 use crate::data::Role;
 use crate::distribution::{Source, round};
-use crate::gradient_bound::{LEAST, Sum, magnitude_of, products, within_f32};
+use crate::gradient_bound::{LEAST, Sum, products, within_f32};
 use crate::guard::{POISON, Tensor, arrange};
 use crate::harness::Harness;
 use crate::launch::{Loaded, Region, Stop, digest, plan};
@@ -38,7 +38,7 @@ pub(crate) fn run<H: Harness + ?Sized>(h: &H, case: &Case, level: Level) -> Resu
 }
 
 fn arriving(case: &Case, sizes @ [n, i, r, heads, d]: [usize; 5]) -> Upstream {
-    let (distribution, dtype) = (case.distribution.upstream(), case.gradients.d_o);
+    let (distribution, dtype) = (case.distribution.upstream(), case.out_dtype);
     let mut source = Source::new(distribution, case.shape.dtype(), [heads, d], 1.0, r, Rng::of(case.seed, "merge upstream"));
     let (mut d_o, mut d_lse) = (Array::zeros(sizes), Array::zeros([n, i, r, heads, 1]));
     let mut rng = Rng::of(case.seed, "merge d_lse");
@@ -73,7 +73,7 @@ fn launch<H: Harness + ?Sized>(
     for (part, dtype) in parts.iter_mut().zip(case.part_dtypes) {
         loaded.push([input("a part's o", dtype, &mut part.o)?, input("a part's lse", Dtype::F32, &mut part.lse)?]);
     }
-    let d_o = input("d_o", case.gradients.d_o, &mut upstream.d_o)?;
+    let d_o = input("d_o", case.out_dtype, &mut upstream.d_o)?;
     let d_lse = upstream.d_lse.as_mut().map(|d_lse| input("d_lse", Dtype::F32, d_lse)).transpose()?;
     let mut outputs = Vec::new();
     for [d_o, d_lse] in GRADIENTS {
@@ -121,7 +121,10 @@ fn check(
     let difference = if is_empty(lse_a) || is_empty(lse_b) { 0.0 } else { (lse_a - lse_b).abs() };
     let level = Level::Hard;
     // d_o·(o_a − o_b), weighed with the other part's p; 0 beside an empty part.
-    let apart = if p_a * p_b > 0.0 { magnitude_of(d_o, o_a) + magnitude_of(d_o, o_b) } else { 0.0 };
+    let apart: f64 = match p_a * p_b > 0.0 {
+        true => o_a.iter().zip(o_b).zip(d_o).map(|((a, b), d_o)| (d_o * (a - b)).abs()).sum(),
+        false => 0.0,
+    };
     for (part, (p, other)) in [(p_a, p_b), (p_b, p_a)].into_iter().enumerate() {
         // As in a merge: the smaller weight has the error, and the division moves weight by the product of both.
         let shift = U32 * ((3.0 * difference + 6.0) * p * other + 4.0 * p) + LEAST;
