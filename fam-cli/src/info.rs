@@ -102,7 +102,7 @@ fn markdown(candidates: &[Candidate], cells: &[Cell], report: &Report) -> Result
         }
         for op in Op::ALL {
             let row = cells.iter().filter(|c| c.backend == candidate.name && c.op == op);
-            let row: Vec<_> = row.map(|c| c.kernel.as_ref().map_or("–".into(), |k| format!("`{k}`"))).collect();
+            let row: Vec<_> = row.map(|c| if c.kernel.is_ok() { "yes" } else { "–" }).collect();
             report.line(format!("| {} | `{op}` | {} |", candidate.name, row.join(" | ")))?;
         }
     }

@@ -1,8 +1,11 @@
 //! What a level of instructions can do at most, as the kernels use it: the roof that a figure is a share of.
 
 use crate::Isa;
+use crate::product::{All, Broadcast, Lanes, accumulate, store, zero};
 use crate::vector::{Body, Vector, exp2};
+use fam_core::Result;
 use std::hint::black_box;
+use std::time::Instant;
 
 /// Independent chains of sums: more than multiply-adds are under way at once (two a cycle, each of four). They and the factor and the term
 /// fit the registers of AVX2; where a vector is two registers, half of them do.
@@ -14,17 +17,68 @@ impl Isa {
     /// f32 multiplications and additions of `rounds` rounds in registers, done on this thread: how many these were. They are fused where the
     /// level fuses.
     ///
-    /// # Panics
-    /// Where this machine lacks the level; so does [`Isa::exponentials`].
-    #[must_use]
-    pub fn multiply_adds(self, rounds: usize) -> f64 {
-        self.run(MultiplyAdds(rounds))
+    /// # Errors
+    /// [`fam_core::Error::Unsupported`] where this machine lacks the level; so do the other probes.
+    pub fn multiply_adds(self, rounds: usize) -> Result<f64> {
+        Ok(self.available()?.run(MultiplyAdds(rounds)))
     }
 
     /// Exponentials of `passes` passes over L1, by the method of the softmax, done on this thread: how many these were.
-    #[must_use]
-    pub fn exponentials(self, passes: usize) -> f64 {
-        self.run(Exponentials(passes))
+    ///
+    /// # Errors
+    /// See [`Isa::multiply_adds`].
+    pub fn exponentials(self, passes: usize) -> Result<f64> {
+        Ok(self.available()?.run(Exponentials(passes)))
+    }
+
+    /// Speed of the micro-kernel in blocks of so many vectors by so many broadcast values: `[vectors, values]` and FLOP/s, the best of many
+    /// short runs out of L1.
+    ///
+    /// # Errors
+    /// See [`Isa::multiply_adds`].
+    pub fn blocks(self) -> Result<Vec<([usize; 2], f64)>> {
+        let isa = self.available()?;
+        Ok(vec![
+            ([1, 4], isa.run(Block::<1, 4>)),
+            ([1, 8], isa.run(Block::<1, 8>)),
+            ([1, 16], isa.run(Block::<1, 16>)),
+            ([2, 4], isa.run(Block::<2, 4>)),
+            ([2, 6], isa.run(Block::<2, 6>)),
+            ([2, 8], isa.run(Block::<2, 8>)),
+            ([2, 12], isa.run(Block::<2, 12>)),
+            ([3, 4], isa.run(Block::<3, 4>)),
+            ([3, 8], isa.run(Block::<3, 8>)),
+            ([4, 4], isa.run(Block::<4, 4>)),
+            ([4, 6], isa.run(Block::<4, 6>)),
+        ])
+    }
+}
+
+/// Products of 64 rows with a panel of `M` vectors over 64 channels, `N` rows at once.
+struct Block<const M: usize, const N: usize>;
+
+impl<const M: usize, const N: usize> Body for Block<M, N> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) -> f64 {
+        let (width, rows) = (M * V::LANES, 64 / N * N);
+        let (x, b, mut out) = (vec![0.5f32; 64 * width], [0.25f32; 64 * 64], vec![0.0f32; 64 * width]);
+        let mut best = f64::MAX;
+        for _ in 0..50 {
+            let start = Instant::now();
+            for _ in 0..100 {
+                for i in (0..rows).step_by(N) {
+                    let mut sum = zero::<V, M, N>();
+                    let b = Broadcast { data: black_box(&b), i: 64, k: 1 };
+                    accumulate(Lanes { data: &x, stride: width }, b.skip(i), 0..64, &All, &mut sum);
+                    store(&sum, &mut out[i * width..], width);
+                }
+            }
+            black_box(&mut out);
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        (100 * 2 * 64 * rows * width) as f64 / best
     }
 }
 

@@ -42,8 +42,8 @@ impl Probe {
     pub fn measure(&self) -> Rates {
         let part = self.memory.len().div_ceil(self.threads);
         Rates {
-            flops: self.rate(|_| self.isa.multiply_adds(ROUNDS)),
-            exps: self.rate(|_| self.isa.exponentials(PASSES)),
+            flops: self.rate(|_| self.isa.multiply_adds(ROUNDS).unwrap_or_default()),
+            exps: self.rate(|_| self.isa.exponentials(PASSES).unwrap_or_default()),
             bytes: self.rate(|i| {
                 let end = self.memory.len().min((i + 1) * part);
                 let read = &self.memory[(i * part).min(end)..end];
