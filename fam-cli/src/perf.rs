@@ -1,16 +1,18 @@
 //! `fam perf`: speed, as a share of what this machine can do. Every case is checked before it is timed.
 
+mod backward;
 mod case;
 mod check;
 mod compare;
 mod driver;
 mod roof;
+mod serve;
 
 use crate::backend::{self, Job};
 use crate::report::Report;
 use crate::{Failure, Outcome};
 use case::{CASES, PerfCase, Work};
-use driver::Driver;
+use driver::{Prepared, prepare};
 use fam::cpu::Isa;
 use fam::{Backend, Dtype};
 use fam_testkit::{Harness, Tally};
@@ -28,7 +30,7 @@ const ROUNDS: u32 = 8;
 pub struct Args {
     #[command(flatten)]
     backend: backend::Options,
-    /// Only these cases: A to F, or one of a letter, such as E-64.
+    /// Only these cases: A to F, A-backward, B-backward; E-64, or with E all of a letter.
     #[arg(long, value_delimiter = ',')]
     case: Vec<String>,
     /// Element types.
@@ -41,11 +43,17 @@ pub struct Args {
     #[arg(long, num_args = 2, value_names = ["A.json", "B.json"],
           conflicts_with_all = ["backend", "threads", "case", "dtype", "seconds"])]
     compare: Option<Vec<PathBuf>>,
+    /// With --json: write the cases to this folder, then take a sample whenever standard input asks for one (docs/json.md).
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["seconds", "compare"])]
+    serve: Option<PathBuf>,
 }
 
 pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
     if let Some([a, b]) = args.compare.as_deref() {
         return compare::compare(a, b, report);
+    }
+    if args.serve.is_some() && !report.is_json() {
+        return Err("serve: answers are JSON, with --json".into());
     }
     if !(args.seconds > 0.0 && args.seconds <= 3600.0) {
         return Err(format!("seconds = {}: above 0, at most 3600", args.seconds).into());
@@ -55,7 +63,7 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
         return Err(format!("case = {unknown}: one of {names}, or a letter of them").into());
     }
     let is_chosen = |c: &&PerfCase| args.case.is_empty() || args.case.iter().any(|name| c.is_named(name));
-    let mut chosen = Vec::new();
+    let mut chosen = Chosen::new();
     for case in CASES.iter().filter(is_chosen) {
         for (i, &dtype) in args.dtype.iter().enumerate() {
             if !args.dtype[..i].contains(&dtype) {
@@ -66,10 +74,13 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
     backend::on(&args.backend, Measure { args, report, chosen })
 }
 
+/// Cases to measure, each in a dtype.
+type Chosen = Vec<(PerfCase, Dtype)>;
+
 struct Measure<'a> {
     args: &'a Args,
     report: &'a Report,
-    chosen: Vec<(PerfCase, Dtype)>,
+    chosen: Chosen,
 }
 
 impl Job for Measure<'_> {
@@ -83,6 +94,9 @@ impl Job for Measure<'_> {
         let threads = args.backend.threads.map_or_else(crate::environment::threads, usize::from);
         let (isa, cpu) = (Isa::detect()?, crate::environment::cpu_model());
         let probe = Probe::new(isa, threads);
+        if let Some(folder) = &args.serve {
+            return serve::serve(h, &chosen, &probe, threads, folder, report);
+        }
         let Rates { flops, exps, bytes } = probe.measure();
         report.line(format!("backend  {} ({reason}) on {cpu}, threads: {threads}", h.backend().name()))?;
         report.line(format!(
@@ -105,19 +119,19 @@ impl Job for Measure<'_> {
         let mut outcome = Outcome::Right;
         for (case, dtype) in chosen {
             bar.set_message(format!("{} {dtype}: checking", case.name));
-            let mut driver = Driver::new(h, case, dtype)?;
-            let verdict = check::check(h, &mut driver)?;
-            let measured = match verdict.wrong {
+            let mut prepared = prepare(h, case, dtype)?;
+            let (verdict, _) = prepared.check()?;
+            let rounds = match verdict.wrong {
                 Some(_) => {
                     outcome = Outcome::Wrong;
                     None
                 }
                 None => {
                     bar.set_message(format!("{} {dtype}: timing", case.name));
-                    Some(time(&mut driver, &probe, args.seconds)?)
+                    Some(time(&mut *prepared, &probe, args.seconds)?)
                 }
             };
-            say(&driver, threads, &verdict, measured, report, &bar)?;
+            say(Measured { case: &case, dtype, threads, kernel: prepared.kernel(), verdict, rounds }, report, &bar)?;
             bar.inc(1);
         }
         bar.finish_and_clear();
@@ -141,19 +155,16 @@ impl Round {
     }
 }
 
-fn time<H: Harness>(driver: &mut Driver<'_, H>, probe: &Probe, seconds: f64) -> fam::Result<Vec<Round>>
-where
-    H::Backend: Clone,
-{
+fn time(prepared: &mut dyn Prepared, probe: &Probe, seconds: f64) -> fam::Result<Vec<Round>> {
     let part = Duration::from_secs_f64(seconds) / ROUNDS;
     let round = |_| {
         let mut round = Round { rates: probe.measure(), samples: Vec::new() };
         // The probe has emptied the caches.
-        driver.sample()?;
+        prepared.sample()?;
         let first = Instant::now();
         loop {
             let start = Instant::now();
-            driver.sample()?;
+            prepared.sample()?;
             round.samples.push(start.elapsed().as_secs_f64());
             if first.elapsed() >= part {
                 return Ok(round);
@@ -163,18 +174,19 @@ where
     (0..ROUNDS).map(round).collect()
 }
 
-fn say<H: Harness>(
-    driver: &Driver<'_, H>,
+/// What a case has shown.
+struct Measured<'a> {
+    case: &'a PerfCase,
+    dtype: Dtype,
     threads: usize,
-    verdict: &Tally,
+    kernel: String,
+    verdict: Tally,
+    /// `None` of a wrong result, which has no time.
     rounds: Option<Vec<Round>>,
-    report: &Report,
-    bar: &ProgressBar,
-) -> Result<(), Failure>
-where
-    H::Backend: Clone,
-{
-    let (case, dtype) = (&driver.case, driver.shape.dtype());
+}
+
+fn say(measured: Measured<'_>, report: &Report, bar: &ProgressBar) -> Result<(), Failure> {
+    let Measured { case, dtype, threads, kernel, verdict, rounds } = measured;
     let Some(rounds) = rounds else {
         let wrong = verdict.wrong.map_or_else(String::new, |wrong| wrong.to_string());
         bar.suspend(|| report.line(format!("{:9} {:5} WRONG, so not timed: {wrong}", case.name, dtype.name())))?;
@@ -207,7 +219,7 @@ where
     )?;
     report.record(
         "perf",
-        json!({ "case": case.name, "what": case.what, "dtype": dtype.name(), "threads": threads, "kernel": driver.kernel(),
+        json!({ "case": case.name, "what": case.what, "dtype": dtype.name(), "threads": threads, "kernel": kernel,
                 "compared": verdict.compared, "worst": verdict.worst_ratio(), "calls": case.calls, "flops": work.flops, "exps": work.exps,
                 "bytes": work.bytes, "samples": samples, "median": median, "share": share }),
     )

@@ -25,6 +25,11 @@ impl Report {
         Ok(report)
     }
 
+    /// Whether it is one for programs.
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
     /// A line for people; nothing in JSON.
     pub fn line(&self, text: impl AsRef<str>) -> Result<(), Failure> {
         if self.json { Ok(()) } else { write(text.as_ref()) }

@@ -2,8 +2,9 @@
 
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 type Fields = BTreeMap<String, BTreeSet<String>>;
 
@@ -34,7 +35,17 @@ fn documented() -> Fields {
 
 /// The lines that `fam --json` writes.
 fn lines(args: &[&str]) -> Vec<Value> {
-    let out = Command::new(env!("CARGO_BIN_EXE_fam")).arg("--json").args(args).output().expect("the program runs");
+    answers(args, "")
+}
+
+/// The same, with something on standard input.
+fn answers(args: &[&str], input: &str) -> Vec<Value> {
+    let mut fam = Command::new(env!("CARGO_BIN_EXE_fam"));
+    let fam = fam.arg("--json").args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut fam = fam.spawn().expect("the program runs");
+    // A command that reads nothing may have ended.
+    let _ = fam.stdin.take().expect("a pipe").write_all(input.as_bytes());
+    let out = fam.wait_with_output().expect("the program ends");
     let text = String::from_utf8(out.stdout).expect("UTF-8");
     text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
 }
@@ -56,6 +67,7 @@ fn every_field_is_documented_and_every_type_appears() {
     std::fs::write(&perf, measured.iter().map(|line| format!("{line}\n")).collect::<String>()).expect("written");
     all.extend(measured);
     all.extend(lines(&["perf", "--compare", &perf, &perf]));
+    all.extend(answers(&["perf", "--case", "A", "--dtype", "f32", "--serve", &path("served")], "A f32\n"));
 
     let documented = documented();
     let mut seen = BTreeSet::new();
@@ -76,4 +88,39 @@ fn every_field_is_documented_and_every_type_appears() {
     seen.extend(["failed".into(), "wrong".into()]);
     let absent: Vec<_> = documented.keys().filter(|kind| !seen.contains(*kind)).collect();
     assert!(absent.is_empty(), "in docs/json.md, and never written: {absent:?}");
+}
+
+#[test]
+fn samples_are_taken_when_asked_for() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let serve = [
+        "perf",
+        "--case",
+        "F-delta,A-backward",
+        "--dtype",
+        "bf16",
+        "--threads",
+        "1",
+        "--serve",
+        folder.path().to_str().expect("UTF-8"),
+    ];
+    let all = answers(&serve, "A-backward bf16\nroof\nF-delta bf16\nA f32\nF-delta bf16\n");
+    let types: Vec<_> = all.iter().map(|line| line["type"].as_str().expect("a type")).collect();
+    // A in f32 was not prepared: the program stops there.
+    assert_eq!(types, ["start", "prepared", "prepared", "sample", "roof", "sample"]);
+    assert_eq!((&all[1]["case"], &all[3]["case"], &all[5]["case"]), (&"F-delta".into(), &"A-backward".into(), &"F-delta".into()));
+    for sample in [&all[3], &all[5]] {
+        let [seconds, cpu] = ["seconds", "cpu_seconds"].map(|field| sample[field].as_f64().expect("a number"));
+        // One thread; the clocks of processes and of the wall may differ by a tick.
+        assert!(seconds > 0.0 && cpu > 0.0 && cpu <= seconds + 0.02, "{sample}");
+    }
+    assert!(all[4]["rates"]["flops"].as_f64().expect("a number") > 0.0);
+    for (prepared, results) in [(&all[1], ["o", "m", "beta"]), (&all[2], ["d_q", "d_mem_v", "d_o"])] {
+        let bytes = std::fs::read(prepared["path"].as_str().expect("a path")).expect("written");
+        let file = safetensors::SafeTensors::deserialize(&bytes).expect("a file of tensors");
+        for name in results {
+            let tensor = file.tensor(name).expect("there");
+            assert!(tensor.data().iter().any(|byte| *byte != 0), "{name}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use fam::{Dtype, InfiniRule, Result, Shape, Window};
 
 /// One case: a call of [`fam::Streams`] at a given place of its streams. The call appends its tokens' keys and values, attends, and where
-/// there is a compressive memory reads, gates and writes it.
+/// there is a compressive memory reads, gates and writes it. Of the backward pass: `attend_backward` of that call, over linear caches.
 #[derive(Clone, Copy, Debug)]
 pub struct PerfCase {
     /// `A`, or `E-64` for one of several of a letter.
@@ -25,6 +25,8 @@ pub struct PerfCase {
     pub rows: usize,
     /// Calls in one sample.
     pub calls: usize,
+    /// Whether what is timed is the backward pass.
+    pub is_backward: bool,
 }
 
 const A: PerfCase = PerfCase {
@@ -41,6 +43,7 @@ const A: PerfCase = PerfCase {
     history: 256,
     rows: 256,
     calls: 1,
+    is_backward: false,
 };
 const B: PerfCase = PerfCase {
     name: "B",
@@ -75,7 +78,7 @@ const F: PerfCase = PerfCase {
 };
 
 /// Every case.
-pub const CASES: [PerfCase; 8] = [
+pub const CASES: [PerfCase; 10] = [
     A,
     B,
     PerfCase { name: "C", what: "a stream: 64 steps of A", calls: 64, ..A },
@@ -98,13 +101,16 @@ pub const CASES: [PerfCase; 8] = [
         infini: Some(InfiniRule::Delta),
         ..F
     },
+    PerfCase { name: "A-backward", what: "all gradients of A's attention", is_backward: true, ..A },
+    PerfCase { name: "B-backward", what: "all gradients of B's attention", is_backward: true, ..B },
 ];
 
 /// What one sample of a case computes and reads.
 #[derive(Clone, Copy, Debug)]
 pub struct Work {
-    /// 4·D for each visible pair of query row and key; with a compressive memory 2·D² more for each row that reads it and for each key
-    /// that is written, and with the delta rule 2·D² for each key that reads it first.
+    /// 4·D for each visible pair of query row and key, 10·D in the backward pass (five products: logits again, d_p, d_v, d_k, d_q); with a
+    /// compressive memory 2·D² more for each row that reads it and for each key that is written, and with the delta rule 2·D² for each key
+    /// that reads it first.
     pub flops: f64,
     /// One for each visible pair; with a compressive memory σ of every channel of q and k.
     pub exps: f64,
@@ -113,9 +119,10 @@ pub struct Work {
 }
 
 impl PerfCase {
-    /// Whether `name` asks for this case: its name or its letter.
+    /// Whether `name` asks for this case: its name, or a letter that no case has for its name.
     pub fn is_named(&self, name: &str) -> bool {
-        self.name == name || self.name.split_once('-').is_some_and(|(letter, _)| letter == name)
+        let is_letter = || CASES.iter().all(|case| case.name != name);
+        self.name == name || self.name.split_once('-').is_some_and(|(letter, _)| letter == name) && is_letter()
     }
 
     /// The layer.
@@ -157,7 +164,7 @@ impl PerfCase {
             Some(_) => (heads + 2.0 * kv_heads, heads + kv_heads),
         };
         Work {
-            flops: 4.0 * d * pairs + 2.0 * d * d * rows * products,
+            flops: if self.is_backward { 10.0 } else { 4.0 } * d * pairs + 2.0 * d * d * rows * products,
             exps: pairs + d * rows * sigmas,
             bytes: 2.0 * (dtype.bytes() * keys as usize) as f64 * d * kv_heads,
         }
@@ -167,6 +174,15 @@ impl PerfCase {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_case_is_asked_for_by_its_name_or_its_letter() {
+        let named = |name: &str| CASES.iter().filter(|c| c.is_named(name)).map(|c| c.name).collect::<Vec<_>>();
+        assert_eq!(named("A"), ["A"]);
+        assert_eq!(named("E"), ["E-64", "E-128"]);
+        assert_eq!(named("B-backward"), ["B-backward"]);
+        assert!(named("G").is_empty());
+    }
 
     #[test]
     fn work_by_hand() {
@@ -181,5 +197,6 @@ mod tests {
         let local = 8.0 * 256.0 * 128.5 * 256.0;
         assert_eq!(case("F-linear").flops, local + 8.0 * 256.0 * 4.0 * 4096.0);
         assert_eq!(case("F-delta").flops, local + 8.0 * 256.0 * 6.0 * 4096.0);
+        assert_eq!((case("A-backward").exps, case("A-backward").flops), (pairs, 640.0 * pairs));
     }
 }

@@ -1,34 +1,84 @@
 //! A case's last call held against the f64 reference, every value of it: a wrong result has no time.
 
 use super::case::PerfCase;
-use super::driver::Driver;
-use fam::{Result, Shape, Span};
+use super::driver::{Driver, Tensors};
+use fam::{Dtype, Result, Shape, Span};
 use fam_ref::Array;
 use fam_testkit::{
     Bound, Condition, Element, Harness, Level, Limits, Tally, Tensor, Tolerance, infini_read_bound, infini_write_bounds,
 };
 use std::ops::Range;
 
-/// Runs one sample and checks its last call, on all threads.
-pub fn check<H: Harness>(h: &H, driver: &mut Driver<'_, H>) -> Result<Tally>
+/// Holds the last call of a sample, before which m and z were `before`, against the reference; also gives its tensors.
+pub fn check<H: Harness>(driver: &mut Driver<'_, H>, before: Option<[Tensor; 2]>, limits: Limits) -> Result<(Tally, Tensors)>
 where
     H::Backend: Clone,
 {
-    let before = driver.state()?;
-    driver.sample()?;
-    let call = &Call::last(driver, before, h.limits())?;
+    let call = Call::last(driver, before, limits)?;
+    let verdict = each_kv_head(call.case.kv_heads, |kv_head, tally| {
+        call.rows(kv_head, tally)?;
+        call.state(kv_head, tally)
+    })?;
+    Ok((verdict, call.tensors()))
+}
+
+/// Checks all kv heads, on all threads.
+pub fn each_kv_head(kv_heads: usize, check: impl Fn(usize, &mut Tally) -> Result<()> + Sync) -> Result<Tally> {
     let threads = crate::environment::threads();
-    // The first kv heads first, so that the first wrong value is the same on any number of threads.
-    let heads = call.case.kv_heads;
+    let part = |i: usize| {
+        let mut tally = Tally::default();
+        (i * kv_heads / threads..(i + 1) * kv_heads / threads).try_for_each(|kv_head| check(kv_head, &mut tally))?;
+        Ok::<_, fam::Error>(tally)
+    };
+    let part = &part;
     let mut tally = Tally::default();
     std::thread::scope(|scope| {
-        let part = |i: usize| i * heads / threads..(i + 1) * heads / threads;
-        let parts: Vec<_> = (0..threads).map(|i| scope.spawn(move || call.heads(part(i)))).collect();
+        let parts: Vec<_> = (0..threads).map(|i| scope.spawn(move || part(i))).collect();
+        // The first kv heads first, so that the first wrong value is the same on any number of threads.
         for part in parts {
             tally.add(&part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
         }
         Ok(tally)
     })
+}
+
+/// What the reference needs of a call for one kv head: a layer of that one kv head and its group of query heads.
+pub struct Head {
+    pub shape: Shape,
+    pub spans: Vec<Span>,
+    pub q: Array<4>,
+    /// Where the call has memory rows.
+    pub mem_q: Option<Array<5>>,
+    pub kv: [Array<4>; 2],
+    pub mem: [Array<5>; 2],
+}
+
+impl Head {
+    /// Of queries, keys and memory of all heads, each `[N, rows, heads, D]`.
+    pub fn new(
+        case: &PerfCase,
+        layer: &Shape,
+        kv_head: usize,
+        q: &[Array<4>; 2],
+        kv: &[Array<4>; 2],
+        mem: &[Array<4>; 2],
+    ) -> Result<Self> {
+        let PerfCase { head_dim: d, batch, history, rows, mem_len, .. } = *case;
+        let group = layer.group();
+        let (own, heads) = (kv_head..kv_head + 1, kv_head * group..(kv_head + 1) * group);
+        let shape = Shape::builder().heads(group).kv_heads(1).head_dim(d).block_len(case.block_len);
+        let shape = shape.window(layer.window()).mem_len(mem_len).scale(layer.scale()).build()?;
+        let spans = (0..batch).map(|n| Span::new(n as u32, history as u64, rows as u32).with_mem_rows(mem_len as u32)).collect();
+        let mem_q = (case.is_block() && mem_len > 0).then(|| one_block(heads_of(&q[1], heads.clone())));
+        let mem = mem.each_ref().map(|a| one_block(heads_of(a, own.clone())));
+        Ok(Head { shape, spans, q: heads_of(&q[0], heads), mem_q, kv: kv.each_ref().map(|a| heads_of(a, own.clone())), mem })
+    }
+
+    pub fn args(&self) -> fam_ref::Attend<'_> {
+        let Head { shape, spans, q, mem_q, kv: [k, v], mem: [mem_k, mem_v] } = self;
+        let (mem_k, mem_v) = (Some(mem_k), Some(mem_v));
+        fam_ref::Attend { shape, spans, q: Some(q), mem_q: mem_q.as_ref(), k, v, mem_k, mem_v, sink: None }
+    }
 }
 
 /// The last call of a sample: what went in, and what came out.
@@ -66,41 +116,29 @@ impl Call {
         Ok(Call { case, shape: driver.shape, limits, q, o, kv, mem, beta, state })
     }
 
-    fn heads(&self, kv_heads: Range<usize>) -> Result<Tally> {
-        let mut tally = Tally::default();
-        for kv_head in kv_heads {
-            self.rows(kv_head, &mut tally)?;
-            self.state(kv_head, &mut tally)?;
+    /// All in f32, which holds the values of every dtype.
+    fn tensors(&self) -> Tensors {
+        let ([q, mem_q], [o, mem_o], [k, v], [mem_k, mem_v]) = (&self.q, &self.o, &self.kv, &self.mem);
+        let named =
+            [("q", q), ("k", k), ("v", v), ("o", o), ("mem_q", mem_q), ("mem_k", mem_k), ("mem_v", mem_v), ("mem_o", mem_o)];
+        let mut tensors: Tensors = named.map(|(name, array)| (name, f32s(&array.shape, &array.data))).into();
+        if let Some([[m, z], [new_m, new_z]]) = &self.state {
+            let [kv_heads, d] = [self.case.kv_heads, self.case.head_dim];
+            let [of_m, of_z] = [&[kv_heads, d, d][..], &[kv_heads, d]];
+            let beta = ("beta", f32s(&[self.case.heads], &self.beta));
+            let state =
+                [("m", f32s(of_m, m)), ("z", f32s(of_z, z)), ("new_m", f32s(of_m, new_m)), ("new_z", f32s(of_z, new_z)), beta];
+            tensors.extend(state);
         }
-        Ok(tally)
+        tensors
     }
 
     /// `o` and `mem_o` of the query heads that read `kv_head`.
     fn rows(&self, kv_head: usize, tally: &mut Tally) -> Result<()> {
-        let PerfCase { head_dim: d, batch, history, rows, mem_len, .. } = self.case;
-        let group = self.shape.group();
-        let (own, heads) = (kv_head..kv_head + 1, kv_head * group..(kv_head + 1) * group);
-        // The same layer with one kv head.
-        let shape = Shape::builder().heads(group).kv_heads(1).head_dim(d).block_len(self.case.block_len);
-        let shape = shape.window(self.shape.window()).mem_len(mem_len).scale(self.shape.scale()).build()?;
-        let spans: Vec<_> =
-            (0..batch).map(|n| Span::new(n as u32, history as u64, rows as u32).with_mem_rows(mem_len as u32)).collect();
-        let every = |a: &Array<4>, heads: &Range<usize>| cut(a, &(0..a.shape[1]).collect::<Vec<_>>(), heads.clone());
-        let memory =
-            |a: &Array<4>, heads: &Range<usize>| Array { shape: [batch, 1, mem_len, heads.len(), d], data: every(a, heads).data };
-        let ([q, mem_q], [k, v], [mem_k, mem_v]) = (&self.q, &self.kv, &self.mem);
-        let (q, mem_q) = (every(q, &heads), memory(mem_q, &heads));
-        let attended = fam_ref::attend(&fam_ref::Attend {
-            shape: &shape,
-            spans: &spans,
-            q: Some(&q),
-            mem_q: (self.case.is_block() && mem_len > 0).then_some(&mem_q),
-            k: &every(k, &own),
-            v: &every(v, &own),
-            mem_k: Some(&memory(mem_k, &own)),
-            mem_v: Some(&memory(mem_v, &own)),
-            sink: None,
-        })?;
+        let (d, group) = (self.case.head_dim, self.shape.group());
+        let heads = kv_head * group..(kv_head + 1) * group;
+        let head = Head::new(&self.case, &self.shape, kv_head, &self.q, &self.kv, &self.mem)?;
+        let attended = fam_ref::attend(&head.args())?;
 
         let dtype = self.shape.dtype();
         let bound = Bound::new(Level::Hard, dtype, dtype, &self.limits);
@@ -116,7 +154,7 @@ impl Call {
                 let got = got.row(&[n, r, heads.start + h]);
                 let read = self.state.as_ref().map(|[before, _]| {
                     let [m, z] = of_head(before, kv_head, d);
-                    fam_ref::infini_retrieve(q.row(&[n, r, h]), m, z)
+                    fam_ref::infini_retrieve(head.q.row(&[n, r, h]), m, z)
                 });
                 let read = read.transpose()?;
                 let beta = self.beta[heads.start + h];
@@ -163,9 +201,24 @@ impl Call {
 }
 
 /// A tensor `[N, .., H, D]` in f64, the axes between as one.
-fn array(tensor: &Tensor) -> Array<4> {
+pub fn array(tensor: &Tensor) -> Array<4> {
     let [n, between @ .., h, d] = tensor.shape.as_slice() else { unreachable!("tensors have heads") };
     Array { shape: [*n, between.iter().product(), *h, *d], data: tensor.values() }
+}
+
+/// Numbers in f32.
+pub fn f32s(shape: &[usize], values: &[f64]) -> Tensor {
+    Tensor::from_values(Dtype::F32, shape.to_vec(), values.iter().copied())
+}
+
+/// All rows of the given heads.
+pub fn heads_of(from: &Array<4>, heads: Range<usize>) -> Array<4> {
+    cut(from, &(0..from.shape[1]).collect::<Vec<_>>(), heads)
+}
+
+/// `[N, rows, H, D]` as the rows of one block, `[N, 1, rows, H, D]`.
+pub fn one_block(Array { shape: [n, rows, h, d], data }: Array<4>) -> Array<5> {
+    Array { shape: [n, 1, rows, h, d], data }
 }
 
 /// The given rows and heads.

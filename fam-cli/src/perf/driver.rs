@@ -1,12 +1,38 @@
 //! A case on a device: its streams brought to their place, and one sample of its calls.
 
+use super::backward::Backward;
 use super::case::PerfCase;
+use super::check;
 use fam::{Backend, Device, Dtype, Layout, Plan, Result, Rows, Shape, Step, StepInfini, Streams, View, ViewMut};
-use fam_testkit::{Harness, Mem, Owned, Queue, Rng, Tensor};
+use fam_testkit::{Harness, Mem, Owned, Queue, Rng, Tally, Tensor};
 use std::borrow::{Borrow, BorrowMut};
+use std::collections::BTreeMap;
 
 /// Decode goes round streams whose keys and values together take at least so many bytes: several times the last cache of most machines.
 const ROTATED_BYTES: usize = 256 << 20;
+
+/// A case on a device, ready to run.
+pub trait Prepared {
+    /// The kernel that attends, or goes back.
+    fn kernel(&self) -> String;
+
+    /// One sample: what is timed.
+    fn sample(&mut self) -> Result<()>;
+
+    /// Runs one sample and holds its last call against the f64 reference, every value of it. Also gives that call's tensors.
+    fn check(&mut self) -> Result<(Tally, Tensors)>;
+}
+
+/// What went into a call and what came out, by name.
+pub type Tensors = BTreeMap<&'static str, Tensor>;
+
+/// Allocates a case and brings it to its place.
+pub fn prepare<'h, H: Harness + Sync>(h: &'h H, case: PerfCase, dtype: Dtype) -> Result<Box<dyn Prepared + 'h>>
+where
+    H::Backend: Clone,
+{
+    Ok(if case.is_backward { Box::new(Backward::new(h, case, dtype)?) } else { Box::new(Driver::new(h, case, dtype)?) })
+}
 
 /// A case's tensors, random and rounded to its dtype. The token at position p of a stream has the keys of token p mod T, and every call
 /// the same queries and the same memory.
@@ -28,12 +54,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    fn new(case: &PerfCase, dtype: Dtype) -> Self {
-        let tensor = |name, dtype, shape: &[usize]| {
-            let mut rng = Rng::of(1, name);
-            let values: Vec<f64> = (0..shape.iter().product()).map(|_| rng.normal()).collect();
-            Tensor::from_values(dtype, shape.to_vec(), values)
-        };
+    pub fn new(case: &PerfCase, dtype: Dtype) -> Self {
         let PerfCase { heads, kv_heads, head_dim: d, batch, rows, mem_len, .. } = *case;
         let keys = [batch, case.history + rows, kv_heads, d];
         Inputs {
@@ -48,31 +69,34 @@ impl Inputs {
     }
 }
 
+/// Normal random numbers that the name decides.
+pub fn tensor(name: &str, dtype: Dtype, shape: &[usize]) -> Tensor {
+    let mut rng = Rng::of(1, name);
+    let values: Vec<f64> = (0..shape.iter().product()).map(|_| rng.normal()).collect();
+    Tensor::from_values(dtype, shape.to_vec(), values)
+}
+
 /// A tensor in device memory.
-struct Held<H: Harness> {
+pub struct Held<H: Harness> {
     mem: Owned<H>,
     layout: Layout,
 }
 
 impl<H: Harness> Held<H> {
-    fn input(h: &H, data: &[u8], layout: Layout) -> Result<Self> {
+    pub fn input(h: &H, data: &[u8], layout: Layout) -> Result<Self> {
         Ok(Held { mem: h.upload(data)?, layout })
     }
 
-    /// A tensor of the same layout as `like`.
-    fn output(h: &H, like: &Self) -> Result<Self> {
-        Ok(Held { mem: h.backend().alloc(like.bytes())?, layout: like.layout })
+    /// Zeros.
+    pub fn output(h: &H, layout: Layout) -> Result<Self> {
+        Ok(Held { mem: h.backend().alloc(layout.end_bytes().unwrap_or(u64::MAX))?, layout })
     }
 
-    fn bytes(&self) -> u64 {
-        self.layout.end_bytes().unwrap_or(u64::MAX)
-    }
-
-    fn view(&self) -> View<'_, Mem<H>> {
+    pub fn view(&self) -> View<'_, Mem<H>> {
         View::new(self.mem.borrow(), self.layout)
     }
 
-    fn view_mut(&mut self) -> ViewMut<'_, Mem<H>> {
+    pub fn view_mut(&mut self) -> ViewMut<'_, Mem<H>> {
         ViewMut::new(self.mem.borrow_mut(), self.layout)
     }
 
@@ -83,9 +107,11 @@ impl<H: Harness> Held<H> {
         View::new(self.mem.borrow(), layout)
     }
 
-    fn download(&self, h: &H, shape: &[usize]) -> Result<Tensor> {
-        let data = h.download(&self.mem, self.bytes() as usize)?;
-        Ok(Tensor { dtype: self.layout.dtype, shape: shape.to_vec(), data })
+    /// `[N, i, rows, H, D]`.
+    pub fn download(&self, h: &H) -> Result<Tensor> {
+        let mut data = vec![0; self.layout.end_bytes().unwrap_or(u64::MAX) as usize];
+        h.backend().download(self.mem.borrow(), 0, &mut data)?;
+        Ok(Tensor { dtype: self.layout.dtype, shape: self.layout.shape.to_vec(), data })
     }
 }
 
@@ -135,8 +161,8 @@ where
         let memory = |t: &Tensor| Held::input(h, &t.data, Layout::packed(dtype, std::array::from_fn(|axis| t.shape[axis])));
         let (q, mem_q) = (tokens(&inputs.q)?, memory(&inputs.mem_q)?);
         let buffers = Buffers {
-            o: Held::output(h, &q)?,
-            mem_o: Held::output(h, &mem_q)?,
+            o: Held::output(h, q.layout)?,
+            mem_o: Held::output(h, mem_q.layout)?,
             q,
             mem_q,
             k: tokens(&inputs.k)?,
@@ -168,19 +194,6 @@ where
             driver.turn = (driver.turn + 1) % groups;
         }
         Ok(driver)
-    }
-
-    /// The kernel that attends.
-    pub fn kernel(&self) -> String {
-        self.plan.support().kernel(fam::Op::Attend).map_or_else(String::new, |id| id.to_string())
-    }
-
-    /// One sample: what is timed.
-    pub fn sample(&mut self) -> Result<()> {
-        let PerfCase { rows, calls, .. } = self.case;
-        self.h.run(&mut |queue| (0..calls).try_for_each(|_| self.call(queue, rows, true)))?;
-        self.turn = (self.turn + 1) % self.groups.len();
-        Ok(())
     }
 
     /// Position of the next token of the group whose turn it is.
@@ -219,7 +232,7 @@ where
     /// `o` and `mem_o` of the last call.
     pub fn outputs(&self) -> Result<[Tensor; 2]> {
         let Buffers { o, mem_o, .. } = &self.buffers;
-        Ok([o.download(self.h, &self.inputs.q.shape)?, mem_o.download(self.h, &self.inputs.mem_q.shape)?])
+        Ok([o.download(self.h)?, mem_o.download(self.h)?])
     }
 
     /// The compressive memory of the first stream as the next call reads it: m `[Hkv, D, D]` and z `[Hkv, D]`; `None` without one.
@@ -236,5 +249,27 @@ where
             Ok::<_, fam::Error>(Tensor { dtype: Dtype::F32, shape, data })
         };
         Ok(Some([host(m, vec![kv_heads, d, d])?, host(z, vec![kv_heads, d])?]))
+    }
+}
+
+impl<H: Harness> Prepared for Driver<'_, H>
+where
+    H::Backend: Clone,
+{
+    fn kernel(&self) -> String {
+        self.plan.support().kernel(fam::Op::Attend).map_or_else(String::new, |id| id.to_string())
+    }
+
+    fn sample(&mut self) -> Result<()> {
+        let PerfCase { rows, calls, .. } = self.case;
+        self.h.run(&mut |queue| (0..calls).try_for_each(|_| self.call(queue, rows, true)))?;
+        self.turn = (self.turn + 1) % self.groups.len();
+        Ok(())
+    }
+
+    fn check(&mut self) -> Result<(Tally, Tensors)> {
+        let (h, before) = (self.h, self.state()?);
+        self.sample()?;
+        check::check(self, before, h.limits())
     }
 }
