@@ -28,7 +28,7 @@ impl<'a, M: Memory + ?Sized> InfiniRead<'a, M> {
     /// Checks every argument and the call's scratch memory against the plan. Backends call this first; kernels then trust.
     ///
     /// # Errors
-    /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
+    /// [`crate::Error::Invalid`] or [`crate::Error::LimitExceeded`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
         let mut door = Door::open(plan, Op::InfiniRead, scratch)?;
         let spec = plan.spec();
@@ -68,7 +68,7 @@ impl<'a, M: Memory + ?Sized> InfiniWrite<'a, M> {
     /// Checks every argument and the call's scratch memory against the plan. Backends call this first; kernels then trust.
     ///
     /// # Errors
-    /// [`Error::Invalid`] or [`Error::LimitExceeded`], naming field, value and rule.
+    /// [`crate::Error::Invalid`] or [`crate::Error::LimitExceeded`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
         let mut door = Door::open(plan, Op::InfiniWrite, scratch)?;
         let spec = plan.spec();

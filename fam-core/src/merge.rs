@@ -43,7 +43,7 @@ impl<'a, M: Memory + ?Sized> Merge<'a, M> {
     /// Checks every argument and the call's scratch memory against the plan. Backends call this first; kernels then trust.
     ///
     /// # Errors
-    /// [`Error::Invalid`], naming field, value and rule.
+    /// [`crate::Error::Invalid`], naming field, value and rule.
     pub fn validate(&self, plan: &impl Plan, scratch: &M) -> Result<()> {
         let mut door = Door::open(plan, Op::Merge, scratch)?;
         let spec = plan.spec();

@@ -14,7 +14,7 @@ use crate::attend::{Attend, Key, Row, Rows};
 use crate::{Array, Attended};
 use fam_core::Result;
 
-/// Gradients of a loss with respect to the outputs of [`attend`]; an absent one is 0.
+/// Gradients of a loss with respect to the outputs of [`crate::attend()`]; an absent one is 0.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AttendUpstream<'a> {
     /// Of the block rows' `o`, `[N, 1, L, Hq, D]`.
@@ -27,7 +27,7 @@ pub struct AttendUpstream<'a> {
     pub d_mem_lse: Option<&'a Array<4>>,
 }
 
-/// Gradients with respect to the inputs of [`attend`], each of its input's shape and present where that is.
+/// Gradients with respect to the inputs of [`crate::attend()`], each of its input's shape and present where that is.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttendGradients {
     /// Of `q`.
