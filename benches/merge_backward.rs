@@ -12,7 +12,7 @@ fn bench<T: Element>(c: &mut Criterion, layer: &Layer) -> Result<()> {
     let [o_a, o_b] = ["o_a", "o_b"].map(|name| values::<f32>(name, o_sizes.iter().product()));
     let [lse_a, lse_b, d_lse] = ["lse_a", "lse_b", "d_lse"].map(|name| values::<f32>(name, lse_sizes.iter().product()));
     let d_o = values::<T>("d_o", o_a.len());
-    let [mut d_o_a, mut d_o_b] = [0; 2].map(|_| o_a.clone());
+    let [mut d_o_a, mut d_o_b] = [0; 2].map(|_| d_o.clone());
     let [mut d_lse_a, mut d_lse_b] = [0; 2].map(|_| lse_a.clone());
     let mut group = c.benchmark_group("merge_backward");
     group.throughput(Throughput::Elements((block_len * heads) as u64));
