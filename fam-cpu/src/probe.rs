@@ -36,7 +36,7 @@ impl Isa {
     ///
     /// # Errors
     /// See [`Isa::multiply_adds`].
-    pub fn blocks(self) -> Result<Vec<([usize; 2], f64)>> {
+    pub fn product_speeds(self) -> Result<Vec<([usize; 2], f64)>> {
         let isa = self.available()?;
         Ok(vec![
             ([1, 4], isa.run(Block::<1, 4>)),
