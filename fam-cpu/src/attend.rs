@@ -21,7 +21,7 @@ use crate::softmax::Softmax;
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector};
-use crate::walk::{KeyTile, Piece, walk};
+use crate::walk::{KeyTile, Piece, Visit, walk};
 use fam_core::{Attend, Plan, Result, Shape, mutate};
 use panel::PanelOverTile;
 
@@ -182,7 +182,7 @@ impl<T: Convert> Kernel<'_, T> {
             [n, if piece.is_memory { piece.i } else { 0 }, row, head]
         };
         for (q, first) in b.q.chunks_exact_mut(size).zip((0..count).step_by(width)) {
-            pack::panel::<V, T>(|r| rows.q.row(at(first + r)), width.min(count - first), self.sign, b.stage, q);
+            pack::panel::<V, T>(|r| rows.q.row(at(first + r)), width.min(count - first), self.sign, q);
         }
         let (row_max, row_sum) = b.states.split_at_mut(self.tile.rows);
         let fresh = mutate!("attend-stale-row", self.tile.rows, 1);
@@ -190,7 +190,7 @@ impl<T: Convert> Kernel<'_, T> {
         row_sum[..fresh].fill(0.0);
         b.acc[..count.next_multiple_of(width) * dp].fill(0.0);
 
-        walk(shape, &self.keys, self.mem.as_ref(), piece, kv_head, |tile| self.tile::<V>(tile, count, b));
+        walk::<V, T>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut Tiles { kernel: self, count, b });
 
         for first in (0..count).step_by(width) {
             let count = width.min(count - first);
@@ -211,7 +211,7 @@ impl<T: Convert> Kernel<'_, T> {
                 }
                 if let Some(lse) = &rows.lse {
                     let value = mutate!("attend-lse-without-sink", state, without_sink).lse();
-                    lse.write(task, at(first + r), &[mutate!("attend-lse-log2", value, value * std::f32::consts::LOG2_E)]);
+                    lse.write::<V>(task, at(first + r), &[mutate!("attend-lse-log2", value, value * std::f32::consts::LOG2_E)]);
                 }
             }
             for acc in acc.chunks_exact_mut(width) {
@@ -220,33 +220,43 @@ impl<T: Convert> Kernel<'_, T> {
                 }
             }
             if let (Some(o_local), false) = (&self.o_local, piece.is_memory) {
-                pack::unpack::<V>(acc, count, b.stage, |r, o| o_local.write(task, at(first + r), &o[..shape.head_dim()]));
+                o_local.write_panel::<V>(task, acc, count, b.stage, |r| at(first + r));
             }
             if let (Some(state), false) = (&self.infini, piece.is_memory) {
                 let row = |r: usize| mutate!("infini-rotated-query", state.q.row(at(r)), rows.q.row(at(r)));
                 let heads = kv_head * group..(kv_head + 1) * group;
-                let buffers = [&mut *b.sigma_q, &mut *b.read, &mut *b.m, &mut *b.ranges, &mut *b.stage];
+                let buffers = [&mut *b.sigma_q, &mut *b.read, &mut *b.m, &mut *b.ranges];
                 state.gate_panel::<V>(&piece.span, piece.i, heads, first..first + count, row, buffers, acc);
             }
-            pack::unpack::<V>(acc, count, b.stage, |r, o| rows.o.write(task, at(first + r), &o[..shape.head_dim()]));
+            rows.o.write_panel::<V>(task, acc, count, b.stage, |r| at(first + r));
         }
     }
+}
 
-    /// A tile of keys, for all rows of a piece.
+/// The keys of a piece of `count` rows.
+struct Tiles<'a, 'b, 's, T> {
+    kernel: &'a Kernel<'a, T>,
+    count: usize,
+    b: &'b mut Buffers<'s>,
+}
+
+impl<T: Convert> Visit<T> for Tiles<'_, '_, '_, T> {
+    /// A tile of keys, for all rows.
     #[inline(always)]
-    fn tile<V: Vector>(&self, tile: &KeyTile<'_, T>, count: usize, b: &mut Buffers<'_>) {
-        let (d, dp, width) = (self.shape.head_dim(), self.tile.dp, V::MR * V::LANES);
-        let k = Rows::of(&tile.rows.0, tile.range.clone(), dp, b.k);
-        let v = Rows::of(&tile.rows.1, tile.range.clone(), dp, b.v);
-        let (row_max, row_sum) = b.states.split_at_mut(self.tile.rows);
-        for first in (0..count).step_by(width) {
-            let seen = tile.seen::<V>(first..count.min(first + width), b.ranges);
+    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_, T>) {
+        let Tiles { kernel, count, b } = self;
+        let (d, dp, width) = (kernel.shape.head_dim(), kernel.tile.dp, V::MR * V::LANES);
+        let k = Rows::of::<V, _>(&tile.rows.0, tile.range.clone(), dp, b.k);
+        let v = Rows::of::<V, _>(&tile.rows.1, tile.range.clone(), dp, b.v);
+        let (row_max, row_sum) = b.states.split_at_mut(kernel.tile.rows);
+        for first in (0..*count).step_by(width) {
+            let seen = tile.seen::<V>(first..(*count).min(first + width), b.ranges);
             V::run(PanelOverTile {
                 q: &b.q[first * dp..][..width * dp],
                 k,
                 v,
                 d,
-                unit: self.unit,
+                unit: kernel.unit,
                 seen,
                 ranges: b.ranges.split_at(MAX_WIDTH).into(),
                 s: &mut *b.s,

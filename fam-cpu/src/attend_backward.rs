@@ -21,7 +21,7 @@ use crate::parallel::{Grid, Par, Phase, Task, run_phase, shared};
 use crate::span::SpanSource;
 use crate::tile::{self, BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector};
-use crate::walk::{KeyTile, Piece, walk};
+use crate::walk::{KeyTile, Piece, Visit, walk};
 use fam_core::{AttendBackward, KeyGradients, Keys, Plan, Result, RowsBackward, Shape, View, ViewMut, mutate};
 use panel::PanelBackward;
 
@@ -220,11 +220,11 @@ impl<T: Convert> Kernel<'_, T> {
             let (row, at) = (r * dp..(r + 1) * dp, at(r));
             // o is not needed after this: its place is that of q.
             let (o, d_o) = (&mut b.q_rows[row.clone()], &mut b.d_o_rows[row]);
-            rows.o.pack(at, o);
-            rows.d_o.pack(at, d_o);
+            rows.o.pack::<V>(at, o);
+            rows.d_o.pack::<V>(at, d_o);
             let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.row(at)[0]);
             delta[r] = mutate!("backward-delta", dot(d_o, o), 0.0) - mutate!("backward-d-lse", d_lse, 0.0);
-            pack::row(rows.q.row(at), o);
+            pack::row::<V, _>(rows.q.row(at), o);
             // A row without keys, or with none of any weight, passes nothing on.
             let saved = rows.lse.row(at)[0];
             if saved > f32::NEG_INFINITY || saved.is_nan() {
@@ -239,35 +239,47 @@ impl<T: Convert> Kernel<'_, T> {
         for ((q, d_o), first) in panels.zip((0..count).step_by(width)) {
             let count = width.min(count - first);
             let row = |r: usize| (first + r) * dp..(first + r) * dp + d;
-            pack::panel::<V, f32>(|r| &b.q_rows[row(r)], count, 1.0, b.stage, q);
-            pack::panel::<V, f32>(|r| &b.d_o_rows[row(r)], count, 1.0, b.stage, d_o);
+            pack::panel::<V, f32>(|r| &b.q_rows[row(r)], count, 1.0, q);
+            pack::panel::<V, f32>(|r| &b.d_o_rows[row(r)], count, 1.0, d_o);
         }
         b.d_q[..count.next_multiple_of(width) * dp].fill(0.0);
 
         // 2. All keys.
-        walk(shape, &self.keys, self.mem.as_ref(), piece, kv_head, |tile| self.keys::<V>(task, piece, tile, b));
+        walk::<V, T>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut Tiles { kernel: self, task, piece, b });
 
         // 3. What is left of the rows.
         let scale = mutate!("backward-scale-q", shape.scale(), 1.0);
         for first in (0..count).step_by(width) {
             let panel = &mut b.d_q[first * dp..][..width * dp];
             panel.iter_mut().for_each(|x| *x *= scale);
-            pack::unpack::<V>(panel, width.min(count - first), b.stage, |r, row| rows.d_q.write(task, at(first + r), &row[..d]));
+            rows.d_q.write_panel::<V>(task, panel, width.min(count - first), b.stage, |r| at(first + r));
         }
     }
+}
 
-    /// A tile of keys, for all rows of a piece.
+/// The keys of a piece.
+struct Tiles<'a, 'b, 's, T> {
+    kernel: &'a Kernel<'a, T>,
+    task: &'b mut Task,
+    piece: &'b Piece,
+    b: &'b mut Buffers<'s>,
+}
+
+impl<T: Convert> Visit<T> for Tiles<'_, '_, '_, T> {
+    /// A tile of keys, for all rows.
     #[inline(always)]
-    fn keys<V: Vector>(&self, task: &mut Task, piece: &Piece, tile: &KeyTile<'_, T>, b: &mut Buffers<'_>) {
-        let (d, dp, width) = (self.shape.head_dim(), self.tile.dp, V::MR * V::LANES);
-        let count = piece.tokens * self.shape.group();
+    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_, T>) {
+        let Tiles { kernel, task, piece, b } = self;
+        let (d, dp, width) = (kernel.shape.head_dim(), kernel.tile.dp, V::MR * V::LANES);
+        let count = piece.tokens * kernel.shape.group();
         let (k_rows, v_rows) = &tile.rows;
         let size = tile.range.end - tile.range.start;
-        let (k, v) = (Rows::of(k_rows, tile.range.clone(), dp, b.k), Rows::of(v_rows, tile.range.clone(), dp, b.v));
+        let (k, v) =
+            (Rows::of::<V, _>(k_rows, tile.range.clone(), dp, b.k), Rows::of::<V, _>(v_rows, tile.range.clone(), dp, b.v));
         let (d_k, d_v) = (&mut b.d_k[..size as usize * dp], &mut b.d_v[..size as usize * dp]);
         d_k.fill(0.0);
         d_v.fill(0.0);
-        let (lse, delta) = b.states.split_at(self.tile.rows);
+        let (lse, delta) = b.states.split_at(kernel.tile.rows);
         for first in (0..count).step_by(width) {
             let seen = tile.seen::<V>(first..count.min(first + width), b.ranges);
             let (panel, row) = (first * dp..(first + width) * dp, first * dp..count.min(first + width) * dp);
@@ -280,7 +292,7 @@ impl<T: Convert> Kernel<'_, T> {
                 v,
                 d,
                 dp,
-                scale: self.shape.scale(),
+                scale: kernel.shape.scale(),
                 lse: &lse[first..][..width],
                 delta: &delta[first..][..width],
                 seen,
@@ -291,10 +303,10 @@ impl<T: Convert> Kernel<'_, T> {
                 d_v: &mut *d_v,
             });
         }
-        let to = if tile.is_memory { &self.d_mem } else { &self.d_keys };
+        let to = if tile.is_memory { &kernel.d_mem } else { &kernel.d_keys };
         let to = mutate!("backward-mem-from-rows", to.as_ref(), to.as_ref().filter(|_| !tile.is_memory || !piece.is_memory));
         let Some(to) = to.filter(|_| task.owns_slot()) else { return };
-        let scale = mutate!("backward-scale-k", self.shape.scale(), 1.0);
+        let scale = mutate!("backward-scale-k", kernel.shape.scale(), 1.0);
         for ((index, d_k), d_v) in tile.range.clone().zip(d_k.chunks_exact(dp)).zip(d_v.chunks_exact(dp)) {
             let at = [tile.at[0], tile.at[1], index as usize, tile.at[2]];
             let (to_k, to_v) = (&to.d_k, &to.d_v);

@@ -126,12 +126,12 @@ struct State<'a> {
 impl State<'_> {
     /// Reads an entry `[slot, entry, head]` to `[dp][dp]`, the same transposed, and `[dp]`.
     #[inline(always)]
-    fn load(&self, [slot, entry, head]: [usize; 3], m: &mut [f32], m_t: &mut [f32], z: &mut [f32]) {
+    fn load<V: Vector>(&self, [slot, entry, head]: [usize; 3], m: &mut [f32], m_t: &mut [f32], z: &mut [f32]) {
         m.fill(0.0);
         for (c, m) in m.chunks_exact_mut(z.len()).take(self.m.layout().shape[4]).enumerate() {
-            pack::row(self.m.row([slot, entry, c, head]), m);
+            pack::row::<V, _>(self.m.row([slot, entry, c, head]), m);
         }
-        pack::row(self.z.row([slot, entry, 0, head]), z);
+        pack::row::<V, _>(self.z.row([slot, entry, 0, head]), z);
         transpose(m, m_t, z.len());
     }
 }
@@ -149,12 +149,12 @@ impl<'a> StateOutput<'a> {
 
     /// As [`State::load`].
     #[inline(always)]
-    fn load(&self, task: &mut Task, [slot, entry, head]: [usize; 3], m: &mut [f32], m_t: &mut [f32], z: &mut [f32]) {
+    fn load<V: Vector>(&self, task: &mut Task, [slot, entry, head]: [usize; 3], m: &mut [f32], m_t: &mut [f32], z: &mut [f32]) {
         m.fill(0.0);
         for (c, m) in m.chunks_exact_mut(z.len()).take(self.m.layout().shape[4]).enumerate() {
-            pack::row::<f32>(self.m.row(task, [slot, entry, c, head]), m);
+            pack::row::<V, f32>(self.m.row(task, [slot, entry, c, head]), m);
         }
-        pack::row::<f32>(self.z.row(task, [slot, entry, 0, head]), z);
+        pack::row::<V, f32>(self.z.row(task, [slot, entry, 0, head]), z);
         transpose(m, m_t, z.len());
     }
 
@@ -207,7 +207,7 @@ impl<T: Convert> Body for ReadTask<'_, T> {
         for i in 0..span.blocks(block_len as usize) {
             let i = mutate!("infini-backward-entry", i, i + 1);
             let at = [span.slot as usize, entry(&span, i, kernel.state.m.layout()), kv_head];
-            kernel.state.load(at, m, m_t, z);
+            kernel.state.load::<V>(at, m, m_t, z);
             d_m.fill(0.0);
             d_z.fill(0.0);
             let reads = z.iter().any(|z| *z != 0.0);
@@ -222,9 +222,9 @@ impl<T: Convert> Body for ReadTask<'_, T> {
                 let [x, s, a, d_a, d_x, o] = [&mut *x, s, a, d_a, d_x, o].map(|buffer| &mut buffer[..count * dp]);
                 for r in 0..count {
                     let row = r * dp..(r + 1) * dp;
-                    pack::row(kernel.q.row(at(r)), &mut x[row.clone()]);
-                    kernel.o_local.pack(at(r), &mut o[row.clone()]);
-                    kernel.d_o.pack(at(r), &mut d_a[row]);
+                    pack::row::<V, _>(kernel.q.row(at(r)), &mut x[row.clone()]);
+                    kernel.o_local.pack::<V>(at(r), &mut o[row.clone()]);
+                    kernel.d_o.pack::<V>(at(r), &mut d_a[row]);
                 }
                 a.fill(0.0);
                 if reads {
@@ -241,14 +241,14 @@ impl<T: Convert> Body for ReadTask<'_, T> {
                     count_in(kernel.d_beta.row(task, [n, 0, 0, at[3]]), of_memory * of_local * d_gate);
                     o.iter_mut().zip(&*d_o).for_each(|(o, d_o)| *o = of_local * d_o);
                     d_o.iter_mut().for_each(|d_o| *d_o *= of_memory);
-                    kernel.d_o_local.write(task, at, &o[..d]);
+                    kernel.d_o_local.write::<V>(task, at, &o[..d]);
                 }
                 d_x.fill(0.0);
                 if reads {
                     read_backward::<V, MR, NR>(ReadRows { x, s, a, den, d_a, d_x }, d, m_t, z, (d_m, d_z));
                 }
                 for r in 0..count {
-                    kernel.d_q.write(task, at(r), &d_x[r * dp..][..d]);
+                    kernel.d_q.write::<V>(task, at(r), &d_x[r * dp..][..d]);
                 }
             }
             if let Some(d_state) = &kernel.d_state
@@ -336,12 +336,12 @@ impl<T: Convert> Body for WriteTask<'_, T> {
                 continue;
             }
             let [read_at, written_at] = [i, i + 1].map(|i| [slot, entry(&span, i, kernel.state.m.layout()), kv_head]);
-            kernel.d_state.load(task, written_at, d_m, d_m_t, d_z);
+            kernel.d_state.load::<V>(task, written_at, d_m, d_m_t, d_z);
             passed_m.copy_from_slice(d_m);
             passed_z.copy_from_slice(d_z);
             // A segment that began before the stream passes the gradient on, and no more.
             if mutate!("infini-backward-origin", first >= span.origin, true) {
-                kernel.state.load(read_at, m, m_t, z);
+                kernel.state.load::<V>(read_at, m, m_t, z);
                 let reads = is_delta && z.iter().any(|z| *z != 0.0);
                 let (k_rows, v_rows) = kernel.keys.rows([slot, 0, kv_head]);
                 for tile in (first.max(span.origin)..end).step_by(ROWS) {
@@ -350,8 +350,8 @@ impl<T: Convert> Body for WriteTask<'_, T> {
                     let [x, s, a, d_u, d_x, u, sigma] =
                         [&mut *x, s, a, d_u, d_x, u, sigma].map(|buffer| &mut buffer[..count * dp]);
                     for (r, (x, u)) in x.chunks_exact_mut(dp).zip(u.chunks_exact_mut(dp)).enumerate() {
-                        pack::row(k_rows.get(row_of(r)), x);
-                        pack::row(v_rows.get(row_of(r)), u);
+                        pack::row::<V, _>(k_rows.get(row_of(r)), x);
+                        pack::row::<V, _>(v_rows.get(row_of(r)), u);
                     }
                     if reads {
                         read::<V, MR, NR>(x, d, m, z, s, a, den);

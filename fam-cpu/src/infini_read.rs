@@ -79,10 +79,10 @@ impl<T: Convert> Body for TileOfRows<'_, '_, T> {
             for first in (0..tokens * group).step_by(width) {
                 let rows = first..(tokens * group).min(first + width);
                 let panel = &mut panel[..width * tile.dp];
-                pack::panel::<V, f32>(|r| o_local.row(at(first + r)), rows.len(), 1.0, stage, panel);
-                let buffers = [&mut *sigma_q, &mut *a, &mut *m, &mut *shares, &mut *stage];
+                pack::panel::<V, f32>(|r| o_local.row(at(first + r)), rows.len(), 1.0, panel);
+                let buffers = [&mut *sigma_q, &mut *a, &mut *m, &mut *shares];
                 state.gate_panel::<V>(&span, i, heads.clone(), rows.clone(), |r| state.q.row(at(r)), buffers, panel);
-                pack::unpack::<V>(panel, rows.len(), stage, |r, row| o.write(task, at(first + r), &row[..shape.head_dim()]));
+                o.write_panel::<V>(task, panel, rows.len(), stage, |r| at(first + r));
             }
             token += tokens;
         }
@@ -103,7 +103,7 @@ impl<'a, T: Convert> State<'a, T> {
     }
 
     /// Gates the memory into `o`, a panel of f32 of block `i`: row `r` of `rows` is of head `heads[r mod group]`, `q(r)` are its queries.
-    /// The buffers are for panels of σ(q) and of a, for m, for the shares of the gate, and for transposing.
+    /// The buffers are for panels of σ(q) and of a, for m and for the shares of the gate.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
     pub fn gate_panel<'q, V: Vector>(
@@ -113,7 +113,7 @@ impl<'a, T: Convert> State<'a, T> {
         heads: Range<usize>,
         rows: Range<usize>,
         q: impl Fn(usize) -> &'q [T],
-        [sigma_q, a, m, shares, stage]: [&mut [f32]; 5],
+        [sigma_q, a, m, shares]: [&mut [f32]; 4],
         o: &mut [f32],
     ) where
         T: 'q,
@@ -124,8 +124,8 @@ impl<'a, T: Convert> State<'a, T> {
         let entry = (u64::from(span.state_entry) + i as u64) % self.m.layout().shape[1] as u64;
         let (slot, entry, kv_head) = (span.slot as usize, entry as usize, heads.start / group);
         let (x, a) = (&mut sigma_q[..width * dp], &mut a[..width * dp]);
-        pack::panel::<V, T>(|r| q(rows.start + r), rows.len(), 1.0, stage, x);
-        let m = Rows::of(&self.m.rows([slot, entry, kv_head]), 0..d as u64, dp, m);
+        pack::panel::<V, T>(|r| q(rows.start + r), rows.len(), 1.0, x);
+        let m = Rows::of::<V, _>(&self.m.rows([slot, entry, kv_head]), 0..d as u64, dp, m);
         let z = self.z.row([slot, entry, 0, kv_head]);
         V::run(Retrieve { x, m, z, vectors: rows.len().div_ceil(V::LANES), a });
 

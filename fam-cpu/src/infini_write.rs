@@ -93,9 +93,9 @@ impl<T: Convert> Body for Segments<'_, '_, T> {
             add_m.fill(0.0);
             add_z.fill(0.0);
             for (c, m) in m.chunks_exact_mut(dp).take(d).enumerate() {
-                pack::row::<f32>(kernel.m.row(task, [slot, entry(i), c, kv_head]), m);
+                pack::row::<V, f32>(kernel.m.row(task, [slot, entry(i), c, kv_head]), m);
             }
-            pack::row::<f32>(kernel.z.row(task, [slot, entry(i), 0, kv_head]), z);
+            pack::row::<V, f32>(kernel.z.row(task, [slot, entry(i), 0, kv_head]), z);
             // A segment that began before the stream is passed over.
             if mutate!("infini-before-origin", first >= span.origin, true) {
                 let rows = kernel.keys.rows([slot, 0, kv_head]);
@@ -104,10 +104,10 @@ impl<T: Convert> Body for Segments<'_, '_, T> {
             }
             for (c, (m, add)) in m.chunks_exact_mut(dp).zip(add_m.chunks_exact(dp)).take(d).enumerate() {
                 sum::<V>(m, add);
-                kernel.m.write(task, [slot, entry(i + 1), c, kv_head], &m[..d]);
+                kernel.m.write::<V>(task, [slot, entry(i + 1), c, kv_head], &m[..d]);
             }
             sum::<V>(z, mutate!("infini-z-stale", &add_z[..], &add_z[..0]));
-            kernel.z.write(task, [slot, entry(i + 1), 0, kv_head], &z[..d]);
+            kernel.z.write::<V>(task, [slot, entry(i + 1), 0, kv_head], &z[..d]);
         }
     }
 }
@@ -129,16 +129,19 @@ impl<T: Convert> Kernel<'_, T> {
             let count = BLOCK_N.min((range.end - first) as usize);
             let (s, v) = (&mut s[..count * dp], &mut v[..count * dp]);
             for (t, (s, v)) in (first..).zip(s.chunks_exact_mut(dp).zip(v.chunks_exact_mut(dp))) {
-                pack::row(k_rows.get(t), s);
-                pack::row(v_rows.get(t), v);
+                pack::row::<V, _>(k_rows.get(t), s);
+                pack::row::<V, _>(v_rows.get(t), v);
             }
             if is_delta {
                 for (s, v) in s.chunks(width * dp).zip(v.chunks_mut(width * dp)) {
                     let (count, x, a) = (s.len() / dp, &mut x[..width * dp], &mut a[..width * dp]);
-                    pack::panel::<V, f32>(|t| &s[t * dp..][..dp], count, 1.0, stage, x);
+                    pack::panel::<V, f32>(|t| &s[t * dp..][..dp], count, 1.0, x);
                     let m = Rows { data: m, stride: dp };
                     V::run(Retrieve { x, m, z: &z[..d], vectors: count.div_ceil(V::LANES), a });
-                    pack::unpack::<V>(a, count, stage, |t, a| subtract::<V>(&mut v[t * dp..][..dp], a));
+                    for (t, v) in (0..count).step_by(V::LANES).zip(v.chunks_mut(V::LANES * dp)) {
+                        pack::unpack::<V>(a, t, stage);
+                        subtract::<V>(v, stage);
+                    }
                 }
             }
             // The ratio above may shift σ(k); what is written may not.
@@ -218,7 +221,7 @@ fn sum<V: Vector>(to: &mut [f32], add: &[f32]) {
     }
 }
 
-/// `from -= what`, element by element.
+/// `from -= what`, element by element of `from`.
 #[inline(always)]
 fn subtract<V: Vector>(from: &mut [f32], what: &[f32]) {
     for (from, what) in from.chunks_exact_mut(V::LANES).zip(what.chunks_exact(V::LANES)) {

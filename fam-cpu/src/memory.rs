@@ -1,6 +1,7 @@
 //! Memory of the CPU: bytes, read as elements where their address allows it.
 
 use crate::pack;
+use crate::vector::Vector;
 use bytemuck::Pod;
 use fam_core::{Dtype, Element, Error, Keys, Layout, Result, Spec, View, bf16, f16, mutate};
 
@@ -70,13 +71,13 @@ impl<'a> Floats<'a> {
         }
     }
 
-    /// The row `[batch, blocks, rows, heads]`, then zeros.
+    /// The row `[batch, blocks, rows, heads]`, then zeros: whole vectors.
     #[inline(always)]
-    pub fn pack(&self, at: [usize; 4], to: &mut [f32]) {
+    pub fn pack<V: Vector>(&self, at: [usize; 4], to: &mut [f32]) {
         match self {
-            Floats::F32(x) => pack::row(x.row(at), to),
-            Floats::F16(x) => pack::row(x.row(at), to),
-            Floats::Bf16(x) => pack::row(x.row(at), to),
+            Floats::F32(x) => pack::row::<V, _>(x.row(at), to),
+            Floats::F16(x) => pack::row::<V, _>(x.row(at), to),
+            Floats::Bf16(x) => pack::row::<V, _>(x.row(at), to),
         }
     }
 }

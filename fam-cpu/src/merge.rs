@@ -6,10 +6,12 @@
 
 use crate::CpuPlan;
 use crate::memory::{Floats, Input};
+use crate::pack::padded;
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, run};
 use crate::softmax::Softmax;
 use crate::tile::MAX_HEAD_DIM;
+use crate::vector::scalar::Scalar;
 use fam_core::{Merge, Partial, Result, mutate};
 
 /// Rows of one entry and head in a task: some tens of KiB, enough to make up for drawing its number.
@@ -36,7 +38,7 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
             for (part, weight) in parts.iter().zip(weights) {
                 // A part of weight 0 may hold NaN.
                 if weight != 0.0 {
-                    part.o.pack(at, &mut of_part[..d]);
+                    part.o.pack::<Scalar>(at, &mut of_part[..padded(d)]);
                     sum.iter_mut().zip(&of_part[..d]).for_each(|(sum, o)| *sum += weight * o);
                 }
             }
@@ -44,9 +46,9 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
                 true => sum.fill(0.0),
                 false => sum.iter_mut().for_each(|sum| *sum /= union.row_sum),
             }
-            o.write(task, at, &sum[..d]);
+            o.write::<Scalar>(task, at, &sum[..d]);
             if let Some(lse) = &lse {
-                lse.write(task, at, &[mutate!("merge-lse", union.lse(), union.row_max)]);
+                lse.write::<Scalar>(task, at, &[mutate!("merge-lse", union.lse(), union.row_max)]);
             }
         }
     })

@@ -9,10 +9,12 @@
 use crate::CpuPlan;
 use crate::memory::{Floats, Input};
 use crate::merge::{Part, ROWS};
+use crate::pack::padded;
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, run};
 use crate::softmax::Softmax;
 use crate::tile::MAX_HEAD_DIM;
+use crate::vector::scalar::Scalar;
 use fam_core::{MergeBackward, Result, mutate};
 
 /// [`fam_core::Backend::merge_backward`].
@@ -34,25 +36,25 @@ pub(crate) fn merge_backward(plan: &CpuPlan, par: &Par<'_>, args: MergeBackward<
             // Two empty parts have no sum to be shares of.
             let p = weights.map(|w| if w == 0.0 { 0.0 } else { w / union.row_sum });
             let [mut upstream, mut o] = [[0.0; MAX_HEAD_DIM]; 2];
-            d_o.pack(at, &mut upstream[..d]);
+            d_o.pack::<Scalar>(at, &mut upstream[..padded(d)]);
             let upstream = &mut upstream[..d];
             // d_o·(o_a − o_b); beside a part of weight 0, which may hold NaN, nothing is shared.
             let apart = if p[0] == 0.0 || p[1] == 0.0 {
                 0.0
             } else {
                 let mut o_b = [0.0; MAX_HEAD_DIM];
-                parts[0].o.pack(at, &mut o[..d]);
-                parts[1].o.pack(at, &mut o_b[..d]);
+                parts[0].o.pack::<Scalar>(at, &mut o[..padded(d)]);
+                parts[1].o.pack::<Scalar>(at, &mut o_b[..padded(d)]);
                 upstream.iter().zip(o[..d].iter().zip(&o_b)).fold(0.0, |sum, (d_o, (a, b))| sum + d_o * (a - b))
             };
             let d_lse = d_lse.as_ref().map_or(0.0, |d_lse| d_lse.row(at)[0]);
             for (i, (d_o_of_part, d_lse_of_part)) in gradients.iter().enumerate() {
                 let between = mutate!("merge-backward-other", p[1 - i], 1.0) * [apart, -apart][i];
                 let through_lse = mutate!("merge-backward-lse", d_lse, 0.0);
-                d_lse_of_part.write(task, at, &[if p[i] == 0.0 { 0.0 } else { p[i] * (between + through_lse) }]);
+                d_lse_of_part.write::<Scalar>(task, at, &[if p[i] == 0.0 { 0.0 } else { p[i] * (between + through_lse) }]);
                 // An empty part gets +0, whatever the sign of d_o.
                 o[..d].iter_mut().zip(&*upstream).for_each(|(o, d_o)| *o = if p[i] == 0.0 { 0.0 } else { p[i] * d_o });
-                d_o_of_part.write(task, at, &o[..d]);
+                d_o_of_part.write::<Scalar>(task, at, &o[..d]);
             }
         }
     })

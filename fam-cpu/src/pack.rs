@@ -9,13 +9,12 @@
 
 use crate::memory::HeadRows;
 use crate::product::Broadcast;
-use crate::vector::Vector;
+use crate::vector::{MAX_LANES, Vector};
 use fam_core::{Element, bf16, f16, mutate};
-use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
 
-/// Rows of a tile are padded to a multiple of this: the lanes of the widest level.
-pub(crate) const PAD: usize = 16;
+/// Rows of a tile are padded to a multiple of this.
+pub(crate) const PAD: usize = MAX_LANES;
 
 /// D rounded up to [`PAD`].
 pub(crate) fn padded(head_dim: usize) -> usize {
@@ -44,24 +43,24 @@ macro_rules! with_element {
 }
 pub(crate) use with_element;
 
-/// Conversions of whole rows.
+/// Elements as lanes of f32.
 pub(crate) trait Convert: Element {
-    /// The exact values.
-    fn widen(from: &[Self], to: &mut [f32]);
-    /// The nearest values, ties to even.
-    fn narrow(from: &[f32], to: &mut [Self]);
+    /// The exact values of the first `LANES` elements of `from`.
+    fn load<V: Vector>(from: &[Self]) -> V;
+    /// Writes the nearest values, ties to even, to the first `LANES` elements of `to`.
+    fn store<V: Vector>(x: V, to: &mut [Self]);
     /// The same memory, if it is f32.
     fn as_f32(of: &[Self]) -> Option<&[f32]>;
 }
 
 impl Convert for f32 {
     #[inline(always)]
-    fn widen(from: &[f32], to: &mut [f32]) {
-        to.copy_from_slice(from);
+    fn load<V: Vector>(from: &[f32]) -> V {
+        V::load(from)
     }
     #[inline(always)]
-    fn narrow(from: &[f32], to: &mut [f32]) {
-        to.copy_from_slice(from);
+    fn store<V: Vector>(x: V, to: &mut [f32]) {
+        x.store(to);
     }
     #[inline(always)]
     fn as_f32(of: &[f32]) -> Option<&[f32]> {
@@ -71,14 +70,12 @@ impl Convert for f32 {
 
 impl Convert for f16 {
     #[inline(always)]
-    fn widen(from: &[f16], to: &mut [f32]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = widen_f16(*from);
-        }
+    fn load<V: Vector>(from: &[f16]) -> V {
+        V::load_f16(from)
     }
     #[inline(always)]
-    fn narrow(from: &[f32], to: &mut [f16]) {
-        to.convert_from_f32_slice(from);
+    fn store<V: Vector>(x: V, to: &mut [f16]) {
+        x.store_f16(to);
     }
     #[inline(always)]
     fn as_f32(_: &[f16]) -> Option<&[f32]> {
@@ -88,16 +85,16 @@ impl Convert for f16 {
 
 impl Convert for bf16 {
     #[inline(always)]
-    fn widen(from: &[bf16], to: &mut [f32]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
-        }
+    fn load<V: Vector>(from: &[bf16]) -> V {
+        V::load_bf16(from)
     }
     #[inline(always)]
-    fn narrow(from: &[f32], to: &mut [bf16]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = mutate!("attend-truncated", bf16::from_f32(*from), bf16::from_bits((from.to_bits() >> 16) as u16));
-        }
+    fn store<V: Vector>(x: V, to: &mut [bf16]) {
+        mutate!("attend-truncated", x.store_bf16(to), {
+            let mut all = [0.0; PAD];
+            x.store(&mut all);
+            to.iter_mut().zip(&all[..V::LANES]).for_each(|(to, x)| *to = bf16::from_bits((x.to_bits() >> 16) as u16));
+        });
     }
     #[inline(always)]
     fn as_f32(_: &[bf16]) -> Option<&[f32]> {
@@ -105,23 +102,35 @@ impl Convert for bf16 {
     }
 }
 
-/// The exact value, in operations that a loop does for all lanes of a vector at once: with its fraction and exponent moved to where f32
-/// has them, a number is too small by 2⁻¹¹², subnormal ones included.
+/// The `LANES` channels of a row from channel `c` on; 0 beyond its end.
 #[inline(always)]
-fn widen_f16(x: f16) -> f32 {
-    let bits = u32::from(x.to_bits());
-    let number = f32::from_bits((bits & 0x7fff) << 13) * 2f32.powi(112);
-    let is_finite = bits & 0x7c00 != 0x7c00;
-    let magnitude = if is_finite { number.to_bits() } else { (bits & 0x03ff) << 13 | 0x7f80_0000 };
-    f32::from_bits((bits & 0x8000) << 16 | magnitude)
+fn channels<V: Vector, T: Convert>(row: &[T], c: usize) -> V {
+    match row.get(c..).unwrap_or_default() {
+        from if from.len() >= V::LANES => T::load(from),
+        from => {
+            let mut channels = [0.0; PAD];
+            channels.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f32());
+            V::load(&channels)
+        }
+    }
 }
 
-/// Packs one row: its channels, then zeros.
+/// Packs one row: its channels, then zeros. `to` is whole vectors.
 #[inline(always)]
-pub(crate) fn row<T: Convert>(from: &[T], to: &mut [f32]) {
-    let (channels, rest) = to.split_at_mut(from.len());
-    T::widen(from, channels);
-    rest.fill(0.0);
+pub(crate) fn row<V: Vector, T: Convert>(from: &[T], to: &mut [f32]) {
+    for (c, to) in to.chunks_exact_mut(V::LANES).enumerate() {
+        channels::<V, T>(from, c * V::LANES).store(to);
+    }
+}
+
+/// The inverse of [`row`]: rounds as many channels as `to` has, once.
+#[inline(always)]
+pub(crate) fn unpack_row<V: Vector, T: Convert>(from: &[f32], to: &mut [T]) {
+    let rest = to.len() / V::LANES * V::LANES;
+    for (from, to) in from.chunks_exact(V::LANES).zip(to.chunks_exact_mut(V::LANES)) {
+        T::store(V::load(from), to);
+    }
+    to[rest..].iter_mut().zip(&from[rest..]).for_each(|(to, x)| *to = T::from_f32(*x));
 }
 
 /// Elements of the buffer in which the rows of a vector are transposed.
@@ -131,40 +140,35 @@ pub(crate) const fn stage(dp: usize) -> usize {
 
 /// Packs `count` rows into a panel, times `factor`. The last vector's absent rows are 0; further vectors are left as they are.
 #[inline(always)]
-pub(crate) fn panel<'r, V: Vector, T: Convert>(
-    rows: impl Fn(usize) -> &'r [T],
-    count: usize,
-    factor: f32,
-    stage: &mut [f32],
-    to: &mut [f32],
-) {
+pub(crate) fn panel<'r, V: Vector, T: Convert>(rows: impl Fn(usize) -> &'r [T], count: usize, factor: f32, to: &mut [f32]) {
     let (width, dp) = (V::MR * V::LANES, to.len() / (V::MR * V::LANES));
     for first in (0..count).step_by(V::LANES) {
-        for (r, stage) in (first..).zip(stage.chunks_exact_mut(dp).take(V::LANES)) {
-            match r < count {
-                true => row(rows(r), stage),
-                false => stage.fill(0.0),
-            }
-            if factor != 1.0 {
-                stage.iter_mut().for_each(|x| *x *= factor);
-            }
-        }
+        let rows: [&[T]; MAX_LANES] = std::array::from_fn(|r| if first + r < count { rows(first + r) } else { &[] });
         for c in (0..dp).step_by(V::LANES) {
-            V::transpose(&stage[c..], dp, &mut to[c * width + first..], width);
+            let mut square = [V::splat(0.0); MAX_LANES];
+            for r in 0..V::LANES {
+                square[r] = channels::<V, T>(rows[r], c).mul(V::splat(factor));
+            }
+            let columns = V::transpose(square);
+            for j in 0..V::LANES {
+                columns[j].store(&mut to[(c + j) * width + first..]);
+            }
         }
     }
 }
 
-/// Hands out the rows of a panel: [`panel`]'s inverse.
+/// The rows of a panel's vector that begins at lane `first`, `[LANES][dp]`: [`panel`]'s inverse.
 #[inline(always)]
-pub(crate) fn unpack<V: Vector>(panel: &[f32], count: usize, stage: &mut [f32], mut each: impl FnMut(usize, &[f32])) {
+pub(crate) fn unpack<V: Vector>(panel: &[f32], first: usize, to: &mut [f32]) {
     let (width, dp) = (V::MR * V::LANES, panel.len() / (V::MR * V::LANES));
-    for first in (0..count).step_by(V::LANES) {
-        for c in (0..dp).step_by(V::LANES) {
-            V::transpose(&panel[c * width + first..], width, &mut stage[c..], dp);
+    for c in (0..dp).step_by(V::LANES) {
+        let mut square = [V::splat(0.0); MAX_LANES];
+        for j in 0..V::LANES {
+            square[j] = V::load(&panel[(c + j) * width + first..]);
         }
-        for (r, stage) in (first..count).zip(stage.chunks_exact(dp).take(V::LANES)) {
-            each(r, stage);
+        let rows = V::transpose(square);
+        for r in 0..V::LANES {
+            rows[r].store(&mut to[r * dp + c..]);
         }
     }
 }
@@ -182,7 +186,7 @@ impl<'a> Rows<'a> {
     /// Rows that are further apart than they are long would share few sets of L1: a tile of them does not stay there, and the prefetcher
     /// brings what nobody reads.
     #[inline(always)]
-    pub fn of<T: Convert>(rows: &HeadRows<'a, T>, range: Range<u64>, dp: usize, buffer: &'a mut [f32]) -> Self {
+    pub fn of<V: Vector, T: Convert>(rows: &HeadRows<'a, T>, range: Range<u64>, dp: usize, buffer: &'a mut [f32]) -> Self {
         let count = (range.end - range.start) as usize;
         if let Some((run, stride)) = rows.run(range.start, count)
             && stride <= dp
@@ -191,7 +195,7 @@ impl<'a> Rows<'a> {
             return Rows { data, stride };
         }
         for (index, to) in range.zip(buffer.chunks_exact_mut(dp)) {
-            row(rows.get(index), to);
+            row::<V, T>(rows.get(index), to);
         }
         Rows { data: buffer, stride: dp }
     }
@@ -211,19 +215,48 @@ impl<'a> Rows<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::Convert;
+    use super::{Convert, row, unpack_row};
+    use crate::Isa;
+    use crate::vector::{Body, Vector};
     use fam_core::{bf16, f16};
 
-    #[test]
-    fn widening_is_exact() {
-        for bits in 0..=u16::MAX {
-            let (half, brain) = (f16::from_bits(bits), bf16::from_bits(bits));
-            let mut wide = [0.0; 2];
-            f16::widen(&[half], &mut wide[..1]);
-            bf16::widen(&[brain], &mut wide[1..]);
-            for (got, want) in wide.into_iter().zip([half.to_f32(), brain.to_f32()]) {
-                assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:#x}: {got} {want}");
+    /// Every number of 16 bits, widened; and every 31st of 32 bits, narrowed, in rows that end amid a vector.
+    struct All<T>(Vec<T>, Vec<f32>);
+
+    impl<T: Convert> Body for All<T> {
+        type Output = (Vec<f32>, Vec<T>);
+
+        #[inline(always)]
+        fn run<V: Vector, const MR: usize, const NR: usize>(self) -> Self::Output {
+            let mut wide = vec![-1.0; self.0.len() + 16];
+            row::<V, T>(&self.0[1..], &mut wide);
+            let mut narrow = vec![T::from_f32(0.0); self.1.len()];
+            unpack_row::<V, T>(&self.1, &mut narrow);
+            (wide, narrow)
+        }
+    }
+
+    fn check<T: Convert>() {
+        let of = |bits: u16| bytemuck::cast::<u16, T>(bits);
+        let (halves, floats) = (
+            (0..=u16::MAX).map(of).collect::<Vec<_>>(),
+            (0..=u32::MAX).step_by(31 * 64).chain(0x7f80_0000 - 99..0x7f80_0100).map(f32::from_bits).collect::<Vec<_>>(),
+        );
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let (wide, narrow) = isa.run(All(halves.clone(), floats.clone()));
+            for (of, got) in halves[1..].iter().map(|x| x.to_f32()).chain([0.0; 17]).zip(wide) {
+                assert!(got.to_bits() == of.to_bits() || got.is_nan() && of.is_nan(), "{isa}: {got} {of}");
+            }
+            for (x, got) in floats.iter().zip(narrow) {
+                let (of, got) = (T::from_f32(*x).to_f32(), got.to_f32());
+                assert!(got.to_bits() == of.to_bits() || got.is_nan() && of.is_nan(), "{isa}: {x:e} became {got:e}, not {of:e}");
             }
         }
+    }
+
+    #[test]
+    fn conversions_are_those_of_half_at_every_level() {
+        check::<f16>();
+        check::<bf16>();
     }
 }

@@ -12,7 +12,14 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod scalar;
 
+use fam_core::{bf16, f16};
+
+/// Lanes of the widest level.
+pub(crate) const MAX_LANES: usize = 16;
+
 /// Work over vectors of any instruction set.
+///
+/// What works on vectors is no closure: a closure is not sure to be inlined, and then lacks the shell's instructions.
 ///
 /// `MR` vectors of lanes by `NR` broadcast values are what a level holds in registers at once ([`crate::product`]).
 pub(crate) trait Body {
@@ -60,9 +67,16 @@ pub(crate) trait Vector: Copy {
         // SAFETY: the slice has them.
         unsafe { self.store_to(to.as_mut_ptr()) }
     }
-    /// Transposes a square of `LANES` rows and columns: element j of row i of `from` becomes element i of row j of `to`. Rows are
-    /// `from_stride` and `to_stride` apart.
-    fn transpose(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize);
+    /// The exact values of the first `LANES` elements of `from`.
+    fn load_f16(from: &[f16]) -> Self;
+    /// Writes the nearest values, ties to even, to the first `LANES` elements of `to`.
+    fn store_f16(self, to: &mut [f16]);
+    /// The exact values of the first `LANES` elements of `from`.
+    fn load_bf16(from: &[bf16]) -> Self;
+    /// Writes the nearest values, ties to even, to the first `LANES` elements of `to`.
+    fn store_bf16(self, to: &mut [bf16]);
+    /// The columns of the square that the first `LANES` rows are. What comes behind them is of no use.
+    fn transpose(rows: [Self; MAX_LANES]) -> [Self; MAX_LANES];
 
     /// `self + other`.
     fn add(self, other: Self) -> Self;
@@ -229,7 +243,8 @@ mod tests {
         fn run<V: Vector, const MR: usize, const NR: usize>(self) {
             let x: Vec<f32> = (0..V::LANES * V::LANES).map(|i| i as f32 - 7.25).collect();
             let mut t = vec![0.0; V::LANES * (V::LANES + 3)];
-            V::transpose(&x, V::LANES, &mut t, V::LANES + 3);
+            let columns = V::transpose(std::array::from_fn(|i| V::load(&x[i % V::LANES * V::LANES..])));
+            columns.iter().take(V::LANES).enumerate().for_each(|(j, column)| column.store(&mut t[j * (V::LANES + 3)..]));
             for (i, j) in (0..V::LANES).flat_map(|i| (0..V::LANES).map(move |j| (i, j))) {
                 assert_eq!(t[j * (V::LANES + 3) + i], x[i * V::LANES + j]);
             }

@@ -127,15 +127,21 @@ impl Seen {
     }
 }
 
-/// Calls `each` for every tile of keys that some row of the piece sees, in order. Keys that none sees are in no tile.
+/// What is done with each tile of keys. No closure: see [`crate::vector::Body`].
+pub(crate) trait Visit<T> {
+    /// Does it, `#[inline(always)]`.
+    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_, T>);
+}
+
+/// Visits every tile of keys that some row of the piece sees, in order. Keys that none sees are in no tile.
 #[inline(always)]
-pub(crate) fn walk<T: Element>(
+pub(crate) fn walk<V: Vector, T: Element>(
     shape: &Shape,
     keys: &Cache<'_, T>,
     mem: Option<&Cache<'_, T>>,
     piece: &Piece,
     kv_head: usize,
-    mut each: impl FnMut(&KeyTile<'_, T>),
+    visit: &mut impl Visit<T>,
 ) {
     let span = &piece.span;
     let kv_head = mutate!("attend-gqa", kv_head, kv_head * shape.group() % shape.kv_heads());
@@ -168,7 +174,16 @@ pub(crate) fn walk<T: Element>(
             if from < until {
                 let number = |x: i64| row.wrapping_add(x.cast_unsigned());
                 let (range, memory) = (number(from)..number(until), memory.cloned());
-                each(&KeyTile { rows, range, at: *at, is_memory: memory.is_some(), memory, first: from, piece, shape });
+                visit.tile::<V>(&KeyTile {
+                    rows,
+                    range,
+                    at: *at,
+                    is_memory: memory.is_some(),
+                    memory,
+                    first: from,
+                    piece,
+                    shape,
+                });
             }
             x += step;
         }

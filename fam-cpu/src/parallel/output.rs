@@ -1,7 +1,8 @@
 //! Tensors that several tasks write at once, each its own rows.
 
 use super::Task;
-use crate::pack::Convert;
+use crate::pack::{unpack, unpack_row};
+use crate::vector::Vector;
 use fam_core::{Dtype, Element, Layout, Memory, ViewMut, bf16, f16};
 use std::marker::PhantomData;
 
@@ -79,12 +80,32 @@ impl<'a> Output<'a> {
     }
 
     /// Writes a row of f32, rounded once to the output's type.
-    pub fn write(&self, task: &mut Task, at: [usize; 4], values: &[f32]) {
+    #[inline(always)]
+    pub fn write<V: Vector>(&self, task: &mut Task, at: [usize; 4], values: &[f32]) {
         match self.layout.dtype {
-            Dtype::F32 => f32::narrow(values, self.row(task, at)),
-            Dtype::F16 => f16::narrow(values, self.row(task, at)),
-            Dtype::Bf16 => bf16::narrow(values, self.row(task, at)),
+            Dtype::F32 => unpack_row::<V, f32>(values, self.row(task, at)),
+            Dtype::F16 => unpack_row::<V, f16>(values, self.row(task, at)),
+            Dtype::Bf16 => unpack_row::<V, bf16>(values, self.row(task, at)),
             other => unreachable!("refused when the plan was made: {other}"),
+        }
+    }
+
+    /// Writes the first `count` rows of a panel, row r to `at(r)`. `stage` is for transposing.
+    #[inline(always)]
+    pub fn write_panel<V: Vector>(
+        &self,
+        task: &mut Task,
+        panel: &[f32],
+        count: usize,
+        stage: &mut [f32],
+        at: impl Fn(usize) -> [usize; 4],
+    ) {
+        let (dp, d) = (panel.len() / (V::MR * V::LANES), self.layout.shape[4]);
+        for first in (0..count).step_by(V::LANES) {
+            unpack::<V>(panel, first, stage);
+            for (r, row) in (first..count).zip(stage.chunks_exact(dp).take(V::LANES)) {
+                self.write::<V>(task, at(r), &row[..d]);
+            }
         }
     }
 }

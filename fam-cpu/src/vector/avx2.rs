@@ -1,6 +1,7 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers (Intel since Haswell, AMD since Excavator).
 
-use super::{Body, Vector};
+use super::{Body, MAX_LANES, Vector};
+use fam_core::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// Eight f32 lanes.
@@ -53,10 +54,38 @@ impl Vector for Avx2 {
         simd!(_mm256_storeu_ps(to, self.0));
     }
     #[inline(always)]
-    fn transpose(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {
-        let mut r = [Self::splat(0.0).0; 8];
+    fn load_f16(from: &[f16]) -> Self {
+        Avx2(simd!(_mm256_cvtph_ps(_mm_loadu_si128(from[..8].as_ptr().cast()))))
+    }
+    #[inline(always)]
+    fn store_f16(self, to: &mut [f16]) {
+        simd!(_mm_storeu_si128(to[..8].as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)));
+    }
+    #[inline(always)]
+    fn load_bf16(from: &[bf16]) -> Self {
+        let upper = simd!(_mm256_cvtepu16_epi32(_mm_loadu_si128(from[..8].as_ptr().cast())));
+        Avx2(simd!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(upper))))
+    }
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [bf16]) {
+        let to = &mut to[..8];
+        simd!({
+            // Half an ulp is added, less one where the upper half is even; of a NaN its payload may not carry into the exponent.
+            let x = _mm256_castps_si256(self.0);
+            let is_odd = _mm256_and_si256(_mm256_srli_epi32::<16>(x), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(x, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
+            let quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x0040_0000));
+            let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
+            let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
+            let packed = _mm256_permute4x64_epi64::<0x08>(_mm256_packus_epi32(upper, upper));
+            _mm_storeu_si128(to.as_mut_ptr().cast(), _mm256_castsi256_si128(packed));
+        });
+    }
+    #[inline(always)]
+    fn transpose(rows: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
+        let mut r = [rows[0].0; 8];
         for i in 0..8 {
-            r[i] = Self::load(&from[i * from_stride..]).0;
+            r[i] = rows[i].0;
         }
         // Pairs of rows, then fours, each within the halves of a register; then the halves.
         let columns = simd!({
@@ -68,9 +97,11 @@ impl Vector for Avx2 {
             let high = |l, h| _mm256_permute2f128_ps::<0x31>(l, h);
             [low(l0, h0), low(l1, h1), low(l2, h2), low(l3, h3), high(l0, h0), high(l1, h1), high(l2, h2), high(l3, h3)]
         });
-        for (j, column) in columns.into_iter().enumerate() {
-            Avx2(column).store(&mut to[j * to_stride..]);
+        let mut to = rows;
+        for j in 0..8 {
+            to[j] = Avx2(columns[j]);
         }
+        to
     }
 
     #[inline(always)]

@@ -1,7 +1,8 @@
 //! AVX-512 F, BW, DQ and VL: sixteen lanes, thirty-two registers, masks (Intel since Skylake-X, AMD since Zen 4).
 
 use super::avx2::Avx2;
-use super::{Body, Vector};
+use super::{Body, MAX_LANES, Vector};
+use fam_core::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// Sixteen f32 lanes.
@@ -58,10 +59,36 @@ impl Vector for Avx512 {
         simd!(_mm512_storeu_ps(to, self.0));
     }
     #[inline(always)]
-    fn transpose(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {
-        let mut r = [Self::splat(0.0).0; 16];
+    fn load_f16(from: &[f16]) -> Self {
+        Avx512(simd!(_mm512_cvtph_ps(_mm256_loadu_si256(from[..16].as_ptr().cast()))))
+    }
+    #[inline(always)]
+    fn store_f16(self, to: &mut [f16]) {
+        simd!(_mm256_storeu_si256(to[..16].as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)));
+    }
+    #[inline(always)]
+    fn load_bf16(from: &[bf16]) -> Self {
+        let upper = simd!(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from[..16].as_ptr().cast())));
+        Avx512(simd!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(upper))))
+    }
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [bf16]) {
+        let to = &mut to[..16];
+        simd!({
+            // Half an ulp is added, less one where the upper half is even; of a NaN its payload may not carry into the exponent.
+            let x = _mm512_castps_si512(self.0);
+            let is_odd = _mm512_and_si512(_mm512_srli_epi32::<16>(x), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(x, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let rounded = _mm512_mask_or_epi32(rounded, is_nan, x, _mm512_set1_epi32(0x0040_0000));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
+        });
+    }
+    #[inline(always)]
+    fn transpose(rows: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
+        let mut r = [rows[0].0; 16];
         for i in 0..16 {
-            r[i] = Self::load(&from[i * from_stride..]).0;
+            r[i] = rows[i].0;
         }
         let mut t = r;
         // Pairs of rows, then fours, each within the quarters of a register; then quarters, twice.
@@ -75,10 +102,10 @@ impl Vector for Avx512 {
                 (r[i + 2 * j], r[i + 2 * j + 1]) = (four[0], four[1]);
             }
         }
+        let mut columns = rows;
         for c in 0..4 {
-            let quarters = [r[c], r[c + 4], r[c + 8], r[c + 12]];
-            let [a, b, x, y] = quarters;
-            let columns = simd!({
+            let [a, b, x, y] = [r[c], r[c + 4], r[c + 8], r[c + 12]];
+            let quarters = simd!({
                 let [ab0, ab1] = [_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)];
                 let [xy0, xy1] = [_mm512_shuffle_f32x4::<0x88>(x, y), _mm512_shuffle_f32x4::<0xdd>(x, y)];
                 [
@@ -88,10 +115,11 @@ impl Vector for Avx512 {
                     _mm512_shuffle_f32x4::<0xdd>(ab1, xy1),
                 ]
             });
-            for (quarter, column) in columns.into_iter().enumerate() {
-                Avx512(column).store(&mut to[(4 * quarter + c) * to_stride..]);
+            for quarter in 0..4 {
+                columns[4 * quarter + c] = Avx512(quarters[quarter]);
             }
         }
+        columns
     }
 
     #[inline(always)]

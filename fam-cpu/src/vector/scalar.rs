@@ -1,6 +1,7 @@
 //! The level that runs anywhere: plain Rust on eight lanes, in a form that LLVM turns into the target's baseline vectors.
 
-use super::{Body, Vector};
+use super::{Body, MAX_LANES, Vector};
+use fam_core::{Element, bf16, f16};
 
 /// Eight f32 lanes without intrinsics.
 #[derive(Clone, Copy)]
@@ -39,11 +40,26 @@ impl Vector for Scalar {
         unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
     }
     #[inline(always)]
-    fn transpose(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {
-        let rows: [&[f32]; 8] = std::array::from_fn(|i| &from[i * from_stride..][..8]);
-        for j in 0..8 {
-            Scalar(std::array::from_fn(|i| rows[i][j])).store(&mut to[j * to_stride..]);
-        }
+    fn load_f16(from: &[f16]) -> Self {
+        let from = &from[..8];
+        Scalar(std::array::from_fn(|i| widen_f16(from[i])))
+    }
+    #[inline(always)]
+    fn store_f16(self, to: &mut [f16]) {
+        to[..8].iter_mut().zip(self.0).for_each(|(to, x)| *to = Element::from_f32(x));
+    }
+    #[inline(always)]
+    fn load_bf16(from: &[bf16]) -> Self {
+        let from = &from[..8];
+        Scalar(std::array::from_fn(|i| from[i].to_f32()))
+    }
+    #[inline(always)]
+    fn store_bf16(self, to: &mut [bf16]) {
+        to[..8].iter_mut().zip(self.0).for_each(|(to, x)| *to = Element::from_f32(x));
+    }
+    #[inline(always)]
+    fn transpose(rows: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
+        std::array::from_fn(|j| Scalar(std::array::from_fn(|i| rows[i].0[j % 8])))
     }
 
     #[inline(always)]
@@ -100,6 +116,17 @@ impl Vector for Scalar {
     fn select(self, mask: [bool; 8], other: Self) -> Self {
         Scalar(std::array::from_fn(|i| if mask[i] { self.0[i] } else { other.0[i] }))
     }
+}
+
+/// The exact value, in operations that a loop does for all lanes of a vector at once: with its fraction and exponent moved to where f32
+/// has them, a number is too small by 2⁻¹¹², subnormal ones included.
+#[inline(always)]
+fn widen_f16(x: f16) -> f32 {
+    let bits = u32::from(x.to_bits());
+    let number = f32::from_bits((bits & 0x7fff) << 13) * 2f32.powi(112);
+    let is_finite = bits & 0x7c00 != 0x7c00;
+    let magnitude = if is_finite { number.to_bits() } else { (bits & 0x03ff) << 13 | 0x7f80_0000 };
+    f32::from_bits((bits & 0x8000) << 16 | magnitude)
 }
 
 /// 1.5·2²³.
