@@ -10,6 +10,7 @@
 //! dV  += Pᵀ·dO                       dK  += dSᵀ·Q                                     a lane is a channel
 //! ```
 
+mod keys;
 mod panel;
 
 use crate::CpuPlan;
@@ -23,12 +24,13 @@ use crate::tile::{self, BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector};
 use crate::walk::{KeyTile, Piece, Visit, walk};
 use fam_core::{AttendBackward, KeyGradients, Keys, Plan, Result, RowsBackward, Shape, View, ViewMut, mutate};
+use keys::KeysBackward;
 use panel::PanelBackward;
 
 /// Sizes of a worker's buffers, in the order of [`Buffers`].
 pub(crate) fn scratch(tile: Tile) -> [usize; 13] {
     let Tile { rows, dp, .. } = tile;
-    let (of_rows, of_keys, logits) = (rows * dp, BLOCK_N * dp, BLOCK_N * MAX_WIDTH);
+    let (of_rows, of_keys, logits) = (rows * dp, BLOCK_N * dp, BLOCK_N * rows);
     [
         of_rows,
         of_rows,
@@ -60,7 +62,7 @@ struct Buffers<'s> {
     v: &'s mut [f32],
     d_k: &'s mut [f32],
     d_v: &'s mut [f32],
-    /// P and dS of a panel over the tile: `[BLOCK_N][W]` each.
+    /// P and dS of all rows over the tile: `[BLOCK_N][rows]` each.
     p: &'s mut [f32],
     /// For transposing.
     stage: &'s mut [f32],
@@ -86,7 +88,7 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: AttendBackward<'_, [u8
     let owner = Owner::Stream { heads: shape.group() };
     let kernel = Kernel {
         shape,
-        tile: plan.tile,
+        tile: Tile::of_backward(shape),
         rows: args.rows.map(|rows| RowGroup::<T>::new(rows, owner)),
         mem_rows: args.mem_rows.map(|rows| RowGroup::new(rows, owner)),
         keys: Cache::<T>::tokens(&keys, spec)?,
@@ -273,36 +275,37 @@ impl<T: Convert> Visit<T> for Tiles<'_, '_, '_, T> {
         let (d, dp, width) = (kernel.shape.head_dim(), kernel.tile.dp, V::MR * V::LANES);
         let count = piece.tokens * kernel.shape.group();
         let (k_rows, v_rows) = &tile.rows;
-        let size = tile.range.end - tile.range.start;
+        let (size, stride) = ((tile.range.end - tile.range.start) as usize, kernel.tile.rows);
         let (k, v) =
             (Rows::of::<V, _>(k_rows, tile.range.clone(), dp, b.k), Rows::of::<V, _>(v_rows, tile.range.clone(), dp, b.v));
-        let (d_k, d_v) = (&mut b.d_k[..size as usize * dp], &mut b.d_v[..size as usize * dp]);
+        let (d_k, d_v) = (&mut b.d_k[..size * dp], &mut b.d_v[..size * dp]);
         d_k.fill(0.0);
         d_v.fill(0.0);
-        let (lse, delta) = b.states.split_at(kernel.tile.rows);
+        let (lse, delta) = b.states.split_at(stride);
+        let (p, d_s) = b.p.split_at_mut(BLOCK_N * stride);
         for first in (0..count).step_by(width) {
             let seen = tile.seen::<V>(first..count.min(first + width), b.ranges);
-            let (panel, row) = (first * dp..(first + width) * dp, first * dp..count.min(first + width) * dp);
+            let panel = first * dp..(first + width) * dp;
             V::run(PanelBackward {
                 q: &b.q[panel.clone()],
                 d_o: &b.d_o[panel.clone()],
-                q_rows: &b.q_rows[row.clone()],
-                d_o_rows: &b.d_o_rows[row],
                 k,
                 v,
                 d,
-                dp,
                 scale: kernel.shape.scale(),
                 lse: &lse[first..][..width],
                 delta: &delta[first..][..width],
-                seen,
+                seen: &seen,
                 ranges: b.ranges.split_at(MAX_WIDTH).into(),
-                p: &mut *b.p,
+                p: &mut p[first..],
+                d_s: &mut d_s[first..],
+                stride,
+                keys: size,
                 d_q: &mut b.d_q[panel],
-                d_k: &mut *d_k,
-                d_v: &mut *d_v,
             });
         }
+        let (q, d_o) = (&b.q_rows[..count * dp], &b.d_o_rows[..count * dp]);
+        V::run(KeysBackward { p, d_s, stride, d_o, q, dp, tile, d_v: &mut *d_v, d_k: &mut *d_k });
         let to = if tile.is_memory { &kernel.d_mem } else { &kernel.d_keys };
         let to = mutate!("backward-mem-from-rows", to.as_ref(), to.as_ref().filter(|_| !tile.is_memory || !piece.is_memory));
         let Some(to) = to.filter(|_| task.owns_slot()) else { return };

@@ -14,6 +14,10 @@ pub const BLOCK_N: usize = 64;
 /// and rows and sums (at D = 64 16 KiB each) stay in L2; 32 packs twice as often, 128 leaves too few tasks for many threads at B = 256.
 const BLOCK_M: usize = 64;
 
+/// The same in `attend_backward`, where tasks are no tiles of rows. Each tile of rows reads its keys again and adds to their gradients; at
+/// D = 64 its rows, five times 32 KiB, and its P and dS, twice 32 KiB, stay in L2.
+const BLOCK_M_BACKWARD: usize = 128;
+
 /// The largest head_dim: beyond it tiles leave L2, and a wider tile choice would be needed.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
 
@@ -39,7 +43,16 @@ pub(crate) struct Tile {
 impl Tile {
     /// The tiles of a shape. A group of more than `BLOCK_M` heads is not cut: its rows share keys best.
     pub fn of(shape: &Shape) -> Self {
-        let tokens = (BLOCK_M / shape.group()).max(1);
+        Self::of_rows(shape, BLOCK_M)
+    }
+
+    /// Those of `attend_backward`.
+    pub fn of_backward(shape: &Shape) -> Self {
+        Self::of_rows(shape, BLOCK_M_BACKWARD)
+    }
+
+    fn of_rows(shape: &Shape, rows: usize) -> Self {
+        let tokens = (rows / shape.group()).max(1);
         Tile { tokens, rows: (tokens * shape.group()).next_multiple_of(MAX_WIDTH), dp: padded(shape.head_dim()) }
     }
 }
@@ -51,7 +64,7 @@ pub(crate) fn worker_share(spec: &Spec) -> usize {
         Op::Attend => total(crate::attend::scratch(spec.shape(), tile)),
         Op::InfiniRead => total(crate::infini_read::scratch(tile)),
         Op::InfiniWrite => total(crate::infini_write::scratch(tile)),
-        Op::AttendBackward => total(crate::attend_backward::scratch(tile)),
+        Op::AttendBackward => total(crate::attend_backward::scratch(Tile::of_backward(spec.shape()))),
         Op::InfiniReadBackward | Op::InfiniWriteBackward => total(crate::infini_backward::scratch(tile)),
         _ => 0,
     });

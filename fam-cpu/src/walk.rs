@@ -87,6 +87,14 @@ impl<T> KeyTile<'_, T> {
         in_tile(keys.start)..in_tile(keys.end)
     }
 
+    /// Rows of the piece that see a key of `keys`: the rows between two of them do so too.
+    #[inline(always)]
+    pub fn rows_seeing(&self, keys: &Range<usize>) -> Range<usize> {
+        let (group, tokens) = (self.shape.group(), self.piece.tokens);
+        let first = partition_point(tokens, |t| self.visible(t).end <= keys.start);
+        first * group..partition_point(tokens, |t| self.visible(t).start < keys.end) * group
+    }
+
     /// What the vectors of a panel of `rows` see. Where a vector does not see all, `ranges` gets each row's first key, and behind `MAX_WIDTH` the one
     /// after its last.
     #[inline(always)]
@@ -109,6 +117,16 @@ impl<T> KeyTile<'_, T> {
     }
 }
 
+/// The first of `0 .. count` for which `is_before` does not hold, which holds for none after it.
+fn partition_point(count: usize, is_before: impl Fn(usize) -> bool) -> usize {
+    let (mut first, mut end) = (0, count);
+    while first < end {
+        let middle = (first + end) / 2;
+        if is_before(middle) { first = middle + 1 } else { end = middle }
+    }
+    first
+}
+
 /// The keys of a tile that a vector of rows sees.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Seen {
@@ -119,6 +137,13 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
+    /// The keys that some row of some vector sees.
+    #[inline(always)]
+    pub fn of_panel(vectors: &[Seen]) -> Option<Range<usize>> {
+        let any = vectors.iter().map(|s| s.any.clone()).filter(|any| !any.is_empty());
+        any.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))
+    }
+
     /// From the keys that the first and the last row see: neither end of a row's range lies before that of an earlier row.
     fn new(first: Range<usize>, last: Range<usize>) -> Self {
         let (any, all) = (first.start..last.end, last.start..first.end);

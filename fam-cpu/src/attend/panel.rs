@@ -40,8 +40,7 @@ impl Body for PanelOverTile<'_> {
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(mut self) {
-        let any = self.seen.iter().map(|s| s.any.clone()).filter(|any| !any.is_empty());
-        let Some(any) = any.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)) else { return };
+        let Some(any) = Seen::of_panel(&self.seen) else { return };
         let mut maxima = [V::splat(0.0); MR];
         for (j, max) in maxima.iter_mut().enumerate() {
             *max = V::load(&self.row_max[j * V::LANES..]);

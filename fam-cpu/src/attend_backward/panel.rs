@@ -1,37 +1,34 @@
 //! A panel of rows over one tile of keys, backward; see [`super`].
 
 use crate::pack::Rows;
-use crate::product::{All, Broadcast, Lanes, Within, accumulate, chained, product, zero};
-use crate::tile::{BLOCK_N, MAX_MR};
+use crate::product::{All, Lanes, Within, accumulate, chained, zero};
+use crate::tile::MAX_MR;
 use crate::vector::{Body, Vector, exp2};
 use crate::walk::Seen;
 
-/// Buffers of a panel are `[..][W]`, those of rows and keys `[..][dp]`.
+/// P and dS of a panel, and what it adds to dQ. Buffers are `[..][W]` where nothing else is said.
 pub(super) struct PanelBackward<'a> {
-    /// Qᵀ and dOᵀ, `[dp][W]`, and the same rows as they lie.
+    /// Qᵀ and dOᵀ, `[dp][W]`.
     pub q: &'a [f32],
     pub d_o: &'a [f32],
-    pub q_rows: &'a [f32],
-    pub d_o_rows: &'a [f32],
     /// Keys and values, of `d` channels.
     pub k: Rows<'a>,
     pub v: Rows<'a>,
     pub d: usize,
-    pub dp: usize,
     pub scale: f32,
     /// One for each row; +∞ for a row that passes nothing on.
     pub lse: &'a [f32],
     pub delta: &'a [f32],
     /// What each vector sees; and each row of a vector that does not see all: its first key, and the one after its last.
-    pub seen: [Seen; MAX_MR],
+    pub seen: &'a [Seen; MAX_MR],
     pub ranges: [&'a [f32]; 2],
-    /// Pᵀ, then dSᵀ, `[BLOCK_N][W]` each.
+    /// Pᵀ and dSᵀ from the panel's first row on, `[keys][stride]` each. Those of keys that a row does not see become 0.
     pub p: &'a mut [f32],
+    pub d_s: &'a mut [f32],
+    pub stride: usize,
+    pub keys: usize,
     /// dQᵀ over the scale, `[dp][W]`, added to.
     pub d_q: &'a mut [f32],
-    /// Of the tile's keys, over the scale, and of its values, added to.
-    pub d_k: &'a mut [f32],
-    pub d_v: &'a mut [f32],
 }
 
 impl Body for PanelBackward<'_> {
@@ -39,8 +36,13 @@ impl Body for PanelBackward<'_> {
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(mut self) {
-        let any = self.seen[..MR].iter().map(|s| s.any.clone()).filter(|any| !any.is_empty());
-        let Some(any) = any.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)) else { return };
+        let Some(any) = Seen::of_panel(&self.seen[..MR]) else { return };
+        for t in (0..any.start).chain(any.end..self.keys) {
+            for j in 0..MR {
+                V::splat(0.0).store(&mut self.p[t * self.stride + j * V::LANES..]);
+                V::splat(0.0).store(&mut self.d_s[t * self.stride + j * V::LANES..]);
+            }
+        }
         let mut t = any.start;
         while t < any.end {
             if any.len() < NR {
@@ -59,18 +61,6 @@ impl Body for PanelBackward<'_> {
         } else {
             (0..MR).for_each(|j| self.queries::<V, MR, 1, NR>(j));
         }
-
-        let (width, dp) = (MR * V::LANES, self.dp);
-        let (p, d_s) = self.p.split_at(BLOCK_N * width);
-        for (weights, rows, sums) in [(p, self.d_o_rows, &mut *self.d_v), (d_s, self.q_rows, &mut *self.d_k)] {
-            let weights = Broadcast { data: &weights[any.start * width..], i: width, k: 1 };
-            let sums = &mut sums[any.start * dp..];
-            let sizes = [any.len(), dp, rows.len() / dp];
-            product::<V, MR, NR>(Lanes { data: rows, stride: dp }, weights, sizes, &mut |t, c, sum: V| {
-                let to = &mut sums[t * dp + c..];
-                V::load(to).add(sum).store(to);
-            });
-        }
     }
 }
 
@@ -86,9 +76,9 @@ impl PanelBackward<'_> {
             if sees(&self.seen[j]) {
                 self.weights_of::<V, MR, 1, N>(j, t);
             } else {
-                let width = MR * V::LANES;
-                for at in (t..t + N).flat_map(|t| [t, BLOCK_N + t]).map(|t| t * width + j * V::LANES) {
-                    V::splat(0.0).store(&mut self.p[at..]);
+                for t in t..t + N {
+                    V::splat(0.0).store(&mut self.p[t * self.stride + j * V::LANES..]);
+                    V::splat(0.0).store(&mut self.d_s[t * self.stride + j * V::LANES..]);
                 }
             }
         }
@@ -98,18 +88,6 @@ impl PanelBackward<'_> {
     #[inline(always)]
     fn weights_of<V: Vector, const MR: usize, const M: usize, const N: usize>(&mut self, first: usize, t: usize) {
         let (width, lanes) = (MR * V::LANES, first * V::LANES);
-        let is_seen = |j: usize| {
-            let all = &self.seen[first + j].all;
-            all.start <= t && t + N <= all.end
-        };
-        let mask = |x: V, i: usize, j: usize| {
-            if is_seen(j) {
-                return x;
-            }
-            let begin = lanes + j * V::LANES;
-            let (from, until) = (V::load(&self.ranges[0][begin..]), V::load(&self.ranges[1][begin..]));
-            x.select(V::splat((t + i) as f32).is_within(from, until), V::splat(0.0))
-        };
         let logits = chained::<V, M, N>(Lanes { data: &self.q[lanes..], stride: width }, self.k.over_channels().skip(t), self.d);
         let scale = V::splat(self.scale);
         for i in 0..N {
@@ -118,19 +96,30 @@ impl PanelBackward<'_> {
                 let lse = V::load(&self.lse[at..]);
                 let less = logits[i][j].mul_add(scale, V::splat(0.0).sub(lse));
                 let p = exp2(less.mul(V::splat(std::f32::consts::LOG2_E)));
-                mask(p, i, j).store(&mut self.p[(t + i) * width + at..]);
+                self.seen_of::<V, N>(p, first + j, t, i).store(&mut self.p[(t + i) * self.stride + at..]);
             }
         }
         let d_p = chained::<V, M, N>(Lanes { data: &self.d_o[lanes..], stride: width }, self.v.over_channels().skip(t), self.d);
         for i in 0..N {
             for j in 0..M {
                 let at = lanes + j * V::LANES;
-                let p = V::load(&self.p[(t + i) * width + at..]);
+                let p = V::load(&self.p[(t + i) * self.stride + at..]);
                 let d_s = p.mul(d_p[i][j].sub(V::load(&self.delta[at..])));
                 // 0 times what a hidden key holds need not be 0.
-                mask(d_s, i, j).store(&mut self.p[(BLOCK_N + t + i) * width + at..]);
+                self.seen_of::<V, N>(d_s, first + j, t, i).store(&mut self.d_s[(t + i) * self.stride + at..]);
             }
         }
+    }
+
+    /// `x`, but 0 in the lanes of vector `j` that do not see key `t + i`, of the keys `t .. t + N`.
+    #[inline(always)]
+    fn seen_of<V: Vector, const N: usize>(&self, x: V, j: usize, t: usize, i: usize) -> V {
+        let all = &self.seen[j].all;
+        if all.start <= t && t + N <= all.end {
+            return x;
+        }
+        let [from, until] = [V::load(&self.ranges[0][j * V::LANES..]), V::load(&self.ranges[1][j * V::LANES..])];
+        x.select(V::splat((t + i) as f32).is_within(from, until), V::splat(0.0))
     }
 
     /// Adds the tile's part of dQᵀ in `M` vectors from vector `first` on, each row's over the keys that it sees alone.
@@ -154,7 +143,7 @@ impl PanelBackward<'_> {
     #[inline(always)]
     fn queries_of<V: Vector, const MR: usize, const M: usize, const N: usize>(&mut self, first: usize, c: usize) {
         let (width, lanes) = (MR * V::LANES, first * V::LANES);
-        let d_s = Lanes { data: &self.p[BLOCK_N * width + lanes..], stride: width };
+        let d_s = Lanes { data: &self.d_s[lanes..], stride: self.stride };
         let k = self.k.over_rows().skip(c);
         let mut sum = zero::<V, M, N>();
         let Seen { any, all } = &self.seen[first];
