@@ -1,6 +1,7 @@
 //! New keys and values enter the cached tensors, and leave the ring again for a snapshot (contract section 2, "The key ring").
 //!
-//! A task is one stream and one kv head. Rows are copied as they are: kv_dtype is the shape's dtype.
+//! A task is one stream and a tile of its tokens, in all heads: tokens are read in the order in which they usually lie. Rows are copied as they
+//! are: kv_dtype is the shape's dtype.
 
 use crate::CpuPlan;
 use crate::memory::{Cache, Input, ring_layout};
@@ -9,6 +10,9 @@ use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, check_whole, run};
 use crate::span::SpanSource;
 use fam_core::{Append, AppendMem, AppendRows, Keys, Plan, ReadRing, Result, ViewMut};
+
+/// Tokens in a tile.
+const ROWS: usize = 64;
 
 /// [`fam_core::Backend::append`].
 pub(crate) fn append(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
@@ -22,23 +26,24 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scra
     let spans = SpanSource::new(args.spans, spec, None, args.mem_rows.is_some());
     let rows = match args.rows {
         Some(AppendRows { k, v, ring }) => {
-            let ring = Output::new(ViewMut::new(ring, ring_layout(spec)), Owner::Slot);
+            let owner = Owner::Ring { rows: ROWS, capacity: spec.ring_rows() };
+            let ring = Output::new(ViewMut::new(ring, ring_layout(spec)), owner);
             Some((Input::<T>::new(&k), Input::<T>::new(&v), ring))
         }
         None => None,
     };
     let mem_rows = match args.mem_rows {
         Some(AppendMem { k, v, to_k, to_v }) => {
-            let (to_k, to_v) = (Output::new(to_k, Owner::Slot), Output::new(to_v, Owner::Slot));
+            let (to_k, to_v) = (Output::new(to_k, Owner::First), Output::new(to_v, Owner::First));
             Some((Input::<T>::new(&k), Input::<T>::new(&v), to_k, to_v))
         }
         None => None,
     };
-    let groups = spec.shape().kv_heads();
+    let kv_heads = spec.shape().kv_heads();
     let grid = Grid {
         streams: spans.batch(),
-        groups,
-        tiles: 1,
+        groups: 1,
+        tiles: rows.as_ref().map_or(0, |_| spans.max_rows()).div_ceil(ROWS).max(1),
         spans: Some(spans),
         writes_slots: Some(|s| s.len > 0 || s.mem_rows > 0),
     };
@@ -46,19 +51,23 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scra
         if !task.owns_slot() {
             return;
         }
-        let (n, head, span) = (task.n(), task.group(), task.span());
+        let (n, span) = (task.n(), task.span());
         let slot = span.slot as usize;
         if let Some((k, v, ring)) = &rows {
-            for row in 0..span.len as usize {
+            let first = task.tile() * ROWS;
+            for row in first..(first + ROWS).min(span.len as usize) {
                 let to = ((span.start - span.origin + row as u64) % ring_rows) as usize;
-                ring.row(task, [slot, 0, to, head]).copy_from_slice(k.row([n, 0, row, head]));
-                ring.row(task, [slot, 1, to, head]).copy_from_slice(v.row([n, 0, row, head]));
+                for (half, from) in [k, v].into_iter().enumerate() {
+                    for head in 0..kv_heads {
+                        ring.row(task, [slot, half, to, head]).copy_from_slice(from.row([n, 0, row, head]));
+                    }
+                }
             }
         }
-        if let Some((k, v, to_k, to_v)) = &mem_rows {
+        if let (Some((k, v, to_k, to_v)), 0) = (&mem_rows, task.tile()) {
             for i in 0..span.blocks(block_len).max(1) {
                 let entry = |to: &Output<'_>| ((u64::from(span.mem_entry) + i as u64) % to.layout().shape[1] as u64) as usize;
-                for f in 0..span.mem_rows as usize {
+                for (f, head) in (0..span.mem_rows as usize).flat_map(|f| (0..kv_heads).map(move |head| (f, head))) {
                     to_k.row(task, [slot, entry(to_k), f, head]).copy_from_slice(k.row([n, i, f, head]));
                     to_v.row(task, [slot, entry(to_v), f, head]).copy_from_slice(v.row([n, i, f, head]));
                 }

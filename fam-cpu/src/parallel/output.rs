@@ -27,6 +27,15 @@ pub(crate) enum Owner {
     },
     /// A cached tensor, indexed by slot: all blocks and rows of the stream's slot, in the task's kv head.
     Slot,
+    /// A cached tensor, indexed by slot: all that is the slot's, for the first task of its stream.
+    First,
+    /// The key ring of `capacity` rows: those that the new tokens of the task's tile take, `rows` of them, in all heads.
+    Ring {
+        /// Tokens in a tile.
+        rows: usize,
+        /// Rows of a slot.
+        capacity: usize,
+    },
 }
 
 impl Owner {
@@ -38,6 +47,12 @@ impl Owner {
             }
             Owner::Stream { heads } => batch == task.n && head / heads == task.group && task.tiles == 1,
             Owner::Slot => task.slot == Some(batch) && head == task.group && task.tiles == 1,
+            Owner::First => task.slot == Some(batch) && task.group == 0 && task.tile == 0,
+            Owner::Ring { rows, capacity } => {
+                let first = ((task.span.start - task.span.origin) % capacity as u64) as usize;
+                let token = (row + capacity - first) % capacity;
+                task.slot == Some(batch) && task.group == 0 && row < capacity && token / rows == task.tile
+            }
         }
     }
 }
