@@ -42,10 +42,10 @@ impl Owner {
     fn owns(&self, task: &Task, [batch, block, row, head]: [usize; 4]) -> bool {
         match *self {
             Owner::Tile { heads, rows, tiles, first } => {
-                let tile = row / rows;
-                batch == task.n && head / heads == task.group && tile < tiles && first + block * tiles + tile == task.tile
+                let tile = task.tile.wrapping_sub(first + block * tiles);
+                batch == task.n && is_part(head, task.group, heads) && tile < tiles && is_part(row, tile, rows)
             }
-            Owner::Stream { heads } => batch == task.n && head / heads == task.group && task.tiles == 1,
+            Owner::Stream { heads } => batch == task.n && is_part(head, task.group, heads) && task.tiles == 1,
             Owner::Slot => task.slot == Some(batch) && head == task.group && task.tiles == 1,
             Owner::First => task.slot == Some(batch) && task.group == 0 && task.tile == 0,
             Owner::Ring { rows, capacity } => {
@@ -55,6 +55,11 @@ impl Owner {
             }
         }
     }
+}
+
+/// Whether `i` is in part `part` of parts of `size`. Without a division, for it is asked for every row.
+fn is_part(i: usize, part: usize, size: usize) -> bool {
+    i.wrapping_sub(part * size) < size
 }
 
 /// An output, shared by the tasks of one op.
