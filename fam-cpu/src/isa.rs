@@ -1,5 +1,7 @@
 //! Instruction sets that the kernels are compiled for, and the choice among them.
 
+#[cfg(target_arch = "aarch64")]
+use crate::vector::neon::Neon;
 use crate::vector::{Body, Vector, scalar::Scalar};
 #[cfg(target_arch = "x86_64")]
 use crate::vector::{avx2::Avx2, avx512::Avx512};
@@ -15,19 +17,22 @@ pub enum Isa {
     Avx512,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// AArch64 with NEON.
+    Neon,
     /// The target's baseline: runs anywhere.
     Scalar,
 }
 
 impl Isa {
     /// Every level, the best first.
-    pub const ALL: [Isa; 3] = [Isa::Avx512, Isa::Avx2, Isa::Scalar];
+    pub const ALL: [Isa; 4] = [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar];
 
     /// The name in kernel ids and in `FAM_ISA`.
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Avx512 => "avx512",
             Isa::Avx2 => "avx2",
+            Isa::Neon => "neon",
             Isa::Scalar => "scalar",
         }
     }
@@ -39,6 +44,8 @@ impl Isa {
             Isa::Avx512 => Avx512::is_available(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::is_available(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Neon::is_available(),
             Isa::Scalar => true,
             #[allow(unreachable_patterns)]
             _ => false,
@@ -64,6 +71,8 @@ impl Isa {
             Isa::Avx512 => Avx512::run(body),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::run(body),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Neon::run(body),
             _ => Scalar::run(body),
         }
     }

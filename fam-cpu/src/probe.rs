@@ -7,9 +7,10 @@ use fam_core::Result;
 use std::hint::black_box;
 use std::time::Instant;
 
-/// Independent chains of sums: more than multiply-adds are under way at once (two a cycle, each of four). They and the factor and the term
-/// fit the registers of AVX2; where a vector is two registers, half of them do.
-const CHAINS: usize = 12;
+/// Fewest and most independent chains of sums. There are as many as the micro-kernel has sums, which is more than multiply-adds are under way
+/// at once (two a cycle, on some AArch64 processors four, each of four cycles), and fits the registers. Where one is two instructions, one after
+/// the other, it takes more chains to keep both busy.
+const CHAINS: [usize; 2] = [6, 24];
 /// Exponentials of a pass: in L1.
 const EXPONENTIALS: usize = 2048;
 
@@ -90,18 +91,18 @@ impl Body for MultiplyAdds {
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) -> f64 {
         let (a, b) = (V::splat(black_box(0.999)), V::splat(black_box(1e-3)));
-        let mut x = [a; CHAINS];
+        let mut x = [a; CHAINS[1]];
         // Chains of equal numbers would be compiled into one.
         for (i, x) in x.iter_mut().enumerate() {
             *x = V::splat(i as f32);
         }
-        let chains = if V::MR == 1 { CHAINS / 2 } else { CHAINS };
+        let chains = (MR * NR).clamp(CHAINS[0], CHAINS[1]);
         for _ in 0..self.0 {
             for x in &mut x[..chains] {
                 *x = x.mul_add(a, b);
             }
         }
-        let mut out = [0.0; CHAINS * 16];
+        let mut out = [0.0; CHAINS[1] * 16];
         for (x, out) in x.into_iter().zip(out.chunks_exact_mut(16)) {
             x.store(out);
         }

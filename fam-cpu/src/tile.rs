@@ -22,7 +22,7 @@ const BLOCK_M_BACKWARD: usize = 128;
 pub(crate) const MAX_HEAD_DIM: usize = 256;
 
 /// Most vectors of rows in a panel, at any level, and most rows.
-pub(crate) const MAX_MR: usize = 2;
+pub(crate) const MAX_MR: usize = 4;
 pub(crate) const MAX_WIDTH: usize = 32;
 
 /// Channels that are summed in one chain. A longer dot product adds up chains, so that its error grows with its square root even where
