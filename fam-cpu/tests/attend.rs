@@ -35,12 +35,14 @@ fn cases<T: Element>() -> impl Iterator<Item = Stream<T>> {
 
 #[test]
 fn kernels_say_their_level() {
-    let spec = shape([2, 1], 16, 4, Window::Blocks(1), 0, Dtype::F16).spec(1, 4).build().unwrap();
-    for isa in Isa::ALL {
+    for (isa, dtype) in Isa::ALL.into_iter().flat_map(|isa| Dtype::ALL.iter().map(move |dtype| (isa, *dtype))) {
+        let spec = shape([2, 1], 16, 4, Window::Blocks(1), 0, dtype).spec(1, 4).ops(&Op::ALL).build().unwrap();
         match Cpu::new().unwrap().with_isa(isa) {
             Ok(cpu) => {
                 let support = cpu.plan(&spec).unwrap().support().clone();
-                assert_eq!(support.kernel(Op::Attend).unwrap().to_string(), format!("cpu-attend-f16-{isa}"));
+                for op in Op::ALL {
+                    assert_eq!(support.kernel(op).unwrap().to_string(), format!("cpu-{op}-{dtype}-{isa}"));
+                }
             }
             Err(error) => assert!(!isa.is_available() && error.to_string().contains(isa.name()), "{error}"),
         }

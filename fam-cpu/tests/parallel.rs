@@ -11,7 +11,7 @@ fn stream() -> Stream<f32> {
 }
 
 fn run(par: &mut Par<'_>) -> Outputs {
-    stream().prefill(&Cpu::new().unwrap().with_threads(7), par)
+    stream().prefill(&Cpu::new().unwrap().with_threads(16), par)
 }
 
 struct Scoped(usize);
@@ -53,7 +53,7 @@ impl Executor for Careless {
 #[test]
 fn bits_do_not_depend_on_who_runs() {
     let serial = run(&mut Par::Serial).bits();
-    for threads in [1, 2, 3, 7, 9] {
+    for threads in [1, 2, 3, 4, 7, 16] {
         assert!(run(&mut Par::Pool(&Pool::new(threads).unwrap())).bits() == serial);
         assert!(run(&mut Par::Caller(&Scoped(threads))).bits() == serial);
     }
@@ -76,6 +76,21 @@ fn pools_serve_several_threads_and_sit_inside_others() {
         let bits = if i % 2 == 0 { run(&mut Par::Pool(&pool)) } else { run(&mut Par::Caller(&Rayon)) }.bits();
         assert!(bits == serial);
     });
+}
+
+/// Threads draw tasks in another order each time.
+#[test]
+fn repeats_have_the_same_bits() {
+    let (cpu, pool) = (Cpu::new().unwrap().with_threads(3), Pool::new(3).unwrap());
+    let windows = [Window::Blocks(2), Window::Tokens(20)];
+    let shapes = [[1, 1], [6, 3]].into_iter().flat_map(|heads| windows.map(|window| (heads, window)));
+    for (heads, window, d) in shapes.flat_map(|(heads, window)| [1, 16, 33, 64, 128].map(|d| (heads, window, d))) {
+        let stream = Stream::<f32>::new(shape(heads, d, 16, window, 5, Dtype::F32), 50, 7);
+        let serial = stream.prefill(&cpu, &mut Par::Serial).bits();
+        for _ in 0..250 {
+            assert!(stream.prefill(&cpu, &mut Par::Pool(&pool)).bits() == serial, "{:?}", stream.shape);
+        }
+    }
 }
 
 /// Parts of a slice write disjoint rows, and all of them together.
