@@ -62,8 +62,17 @@ fn main() -> fam::Result<()> {
         let row = i / HEAD_DIM;
         let (s, n, v_max) = (expected.s.data[row], expected.n.data[row], expected.v_max.data[row]);
         let tiles = (n / limits.key_tile as f64).ceil() + 1.0;
-        let condition =
-            Condition { o: expected.o.data[i], a: expected.a.data[i], s, n, tiles, d: HEAD_DIM as f64, v_max, sink: 0.0 };
+        let condition = Condition {
+            o: expected.o.data[i],
+            a: expected.a.data[i],
+            s,
+            n,
+            tiles,
+            d: HEAD_DIM as f64,
+            v_max,
+            sink: 0.0,
+            flushed: 0.0,
+        };
         (f64::from(o[i]) - expected.o.data[i]).abs() / bound.o(&condition)
     });
     let worst = worst.fold(0.0, f64::max);

@@ -52,7 +52,7 @@ class Fam:
     def roof(self):
         """Seconds of a sample at the rates that the machine has now."""
         p, rates = self.prepared, self.ask("roof")[0]["rates"]
-        by_arithmetic = p["flops"] / rates["flops"] + p["exps"] / rates["exps"]
+        by_arithmetic = p["flops"] / rates["flops"] + p["bf16_flops"] / rates["bf16_flops"] + p["exps"] / rates["exps"]
         return p["bytes"] / rates["bytes"] if p["bound"] == "memory" else by_arithmetic, rates
 
     def close(self):
@@ -129,7 +129,7 @@ def compare(fam, threads, rounds):
             turns[name].append(turn(parties[name], first[name], threads))
 
     ours = turns["fam"]
-    row = {key: fam.prepared[key] for key in ("case", "what", "dtype", "threads", "kernel", "flops", "exps", "bytes", "bound", "calls")}
+    row = {key: fam.prepared[key] for key in ("case", "what", "dtype", "threads", "kernel", "flops", "bf16_flops", "exps", "bytes", "bound", "calls")}
     # The probes take wall time, and other load only makes them slower: the best round is the machine.
     seconds, (roof, rates) = median([t[clock] for t in ours]), min(roofs, key=lambda roof: roof[0])
     row |= {"clock": ["wall", "cpu"][clock], "seconds": seconds, "roof": roof, "rates": rates, "share": roof / seconds,

@@ -59,7 +59,7 @@ def plot(rows, path):
     figure, panels = plt.subplots(1, len(dtypes), figsize=(4.4 * len(dtypes), 3.8), sharey=True, squeeze=False)
     for panel, dtype in zip(panels[0], dtypes):
         chosen = sorted((row for row in rows if row["dtype"] == dtype), key=lambda row: ORDER.index(row["case"]))
-        at, rate = range(len(chosen)), lambda row, seconds: row["flops"] / seconds / 1e9
+        at, rate = range(len(chosen)), lambda row, seconds: (row["flops"] + row["bf16_flops"]) / seconds / 1e9
         of_peer = lambda row: rate(row, row["peers"][row["best"]]["seconds"]) if row["best"] else float("nan")
         panel.bar(at, [rate(row, row["roof"]) for row in chosen], width=0.7, color="gainsboro", label="roof")
         panel.scatter(at, [rate(row, row["seconds"]) for row in chosen], color="tab:blue", s=24, label="fam")

@@ -97,12 +97,13 @@ impl Job for Measure<'_> {
         if let Some(folder) = &args.serve {
             return serve::serve(h, &chosen, &probe, threads, folder, report);
         }
-        let Rates { flops, exps, bytes } = probe.measure();
+        let Rates { flops, bf16_flops, exps, bytes } = probe.measure();
         report.line(format!("backend  {} ({reason}) on {cpu}, threads: {threads}", h.backend().name()))?;
         report.line(format!(
-            "roof     {:.1} GFLOP/s multiply and add, {:.2} G exponentials/s, {:.1} GB/s read: what the level {isa}\n         \
-             reaches, that of the kernels. Measured again beside every case.",
+            "roof     {:.1} GFLOP/s multiply and add, {:.1} of bf16, {:.2} G exponentials/s, {:.1} GB/s read: what the level\n         \
+             {isa} reaches, that of the kernels. Measured again beside every case.",
             flops / 1e9,
+            bf16_flops / 1e9,
             exps / 1e9,
             bytes / 1e9
         ))?;
@@ -150,7 +151,7 @@ impl Round {
     fn roof(&self, case: &PerfCase, work: &Work) -> f64 {
         match case.is_bound_by_memory() {
             true => work.bytes / self.rates.bytes,
-            false => work.flops / self.rates.flops + work.exps / self.rates.exps,
+            false => work.flops / self.rates.flops + work.bf16_flops / self.rates.bf16_flops + work.exps / self.rates.exps,
         }
     }
 }
@@ -207,7 +208,7 @@ fn say(measured: Measured<'_>, report: &Report, bar: &ProgressBar) -> Result<(),
             case.name,
             dtype.name(),
             median * 1e3,
-            work.flops / median / 1e9,
+            (work.flops + work.bf16_flops) / median / 1e9,
             gb_per_s.unwrap_or_default(),
             roof * 1e3,
             100.0 * share
@@ -220,7 +221,7 @@ fn say(measured: Measured<'_>, report: &Report, bar: &ProgressBar) -> Result<(),
     report.record(
         "perf",
         json!({ "case": case.name, "what": case.what, "dtype": dtype.name(), "threads": threads, "kernel": kernel,
-                "compared": verdict.compared, "worst": verdict.worst_ratio(), "calls": case.calls, "flops": work.flops, "exps": work.exps,
+                "compared": verdict.compared, "worst": verdict.worst_ratio(), "calls": case.calls, "flops": work.flops, "bf16_flops": work.bf16_flops, "exps": work.exps,
                 "bytes": work.bytes, "samples": samples, "median": median, "share": share }),
     )
 }

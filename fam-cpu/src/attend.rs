@@ -14,16 +14,19 @@ mod panel;
 use crate::CpuPlan;
 use crate::infini_read::State;
 use crate::memory::{Cache, Input};
-use crate::pack::{self, Convert, Rows, with_element};
+use crate::pack::{self, Convert, Form, Rows, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Task, run};
+use crate::product::Pair;
 use crate::softmax::Softmax;
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector};
 use crate::walk::{KeyTile, Piece, Visit, walk};
-use fam_core::{Attend, Plan, Result, Shape, mutate};
+use bytemuck::cast_slice;
+use fam_core::{Attend, Plan, Result, Shape, bf16, mutate};
 use panel::PanelOverTile;
+use std::marker::PhantomData;
 
 /// Sizes of a worker's buffers, in the order of [`Buffers`].
 pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 11] {
@@ -36,10 +39,14 @@ pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 11] {
 /// [`fam_core::Backend::attend`].
 pub(crate) fn attend(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    with_element!(plan, T => typed::<T>(plan, par, args, scratch))
+    if plan.isa.pairs().contains(&plan.spec().shape().dtype()) {
+        return typed::<bf16, Pair>(plan, par, args, scratch);
+    }
+    with_element!(plan, T => typed::<T, f32>(plan, par, args, scratch))
 }
 
-fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
+/// On elements `T` in products of `F`.
+fn typed<T: Convert, F: Form<T>>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     let spec = plan.spec();
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, Some(&args.keys), args.mem.is_some());
@@ -66,7 +73,9 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scra
     };
     let tiles = row_tiles + mem_blocks * mem_tiles;
     let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles, spans: Some(spans), writes_slots: None };
-    run(par, &grid, scratch, plan.share, &|task, scratch| plan.isa.run(TileOfRows { kernel: &kernel, task, scratch }))
+    run(par, &grid, scratch, plan.share, &|task, scratch| {
+        F::run(plan.isa, TileOfRows { kernel: &kernel, task, scratch, factors: PhantomData::<F> });
+    })
 }
 
 /// What all tasks share.
@@ -129,19 +138,20 @@ struct Buffers<'s> {
 }
 
 /// A task on its worker.
-struct TileOfRows<'a, 's, T> {
+struct TileOfRows<'a, 's, T, F> {
     kernel: &'a Kernel<'a, T>,
     task: &'s mut Task,
     scratch: &'s mut [f32],
+    factors: PhantomData<F>,
 }
 
-impl<T: Convert> Body for TileOfRows<'_, '_, T> {
+impl<T: Convert, F: Form<T>> Body for TileOfRows<'_, '_, T, F> {
     type Output = ();
 
     /// The tile's rows, cut at block boundaries.
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        let TileOfRows { kernel, task, scratch } = self;
+        let TileOfRows { kernel, task, scratch, .. } = self;
         let (shape, tile) = (kernel.shape, kernel.tile);
         let [q, acc, k, v, s, stage, states, ranges, sigma_q, read, m] = carve(scratch, self::scratch(shape, tile));
         let mut buffers = Buffers { q, acc, k, v, s, stage, states, ranges, sigma_q, read, m };
@@ -165,7 +175,7 @@ impl<T: Convert> Body for TileOfRows<'_, '_, T> {
                 let i = ((span.start + first as u64) / block_len - span.start / block_len) as usize;
                 (i, (end - first).min((block(i) + block_len - span.start) as usize - first))
             };
-            kernel.piece::<V>(task, &Piece { span, i, block: block(i), first, tokens, is_memory }, rows, &mut buffers);
+            kernel.piece::<V, F>(task, &Piece { span, i, block: block(i), first, tokens, is_memory }, rows, &mut buffers);
             first += tokens;
         }
     }
@@ -173,7 +183,7 @@ impl<T: Convert> Body for TileOfRows<'_, '_, T> {
 
 impl<T: Convert> Kernel<'_, T> {
     #[inline(always)]
-    fn piece<V: Vector>(&self, task: &mut Task, piece: &Piece, rows: &RowGroup<'_, T>, b: &mut Buffers<'_>) {
+    fn piece<V: Vector, F: Form<T>>(&self, task: &mut Task, piece: &Piece, rows: &RowGroup<'_, T>, b: &mut Buffers<'_>) {
         let (shape, dp, width) = (self.shape, self.tile.dp, V::MR * V::LANES);
         let (n, kv_head, group) = (task.n(), task.group(), shape.group());
         let (count, size) = (piece.tokens * group, dp * width);
@@ -182,7 +192,7 @@ impl<T: Convert> Kernel<'_, T> {
             [n, if piece.is_memory { piece.i } else { 0 }, row, head]
         };
         for (q, first) in b.q.chunks_exact_mut(size).zip((0..count).step_by(width)) {
-            pack::panel::<V, T>(|r| rows.q.row(at(first + r)), width.min(count - first), self.sign, q);
+            pack::panel::<V, T, F>(|r| rows.q.row(at(first + r)), width.min(count - first), self.sign, q);
         }
         let (row_max, row_sum) = b.states.split_at_mut(self.tile.rows);
         let fresh = mutate!("attend-stale-row", self.tile.rows, 1);
@@ -190,7 +200,8 @@ impl<T: Convert> Kernel<'_, T> {
         row_sum[..fresh].fill(0.0);
         b.acc[..count.next_multiple_of(width) * dp].fill(0.0);
 
-        walk::<V, T>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut Tiles { kernel: self, count, b });
+        let mut tiles = Tiles { kernel: self, count, b, factors: PhantomData::<F> };
+        walk::<V, T>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut tiles);
 
         for first in (0..count).step_by(width) {
             let count = width.min(count - first);
@@ -214,9 +225,11 @@ impl<T: Convert> Kernel<'_, T> {
                     lse.write::<V>(task, at(first + r), &[mutate!("attend-lse-log2", value, value * std::f32::consts::LOG2_E)]);
                 }
             }
-            for acc in acc.chunks_exact_mut(width) {
-                for (o, weight) in acc.chunks_exact_mut(V::LANES).zip(weights.chunks_exact(V::LANES)) {
-                    V::load(o).mul(V::load(weight)).store(o);
+            for lanes in (0..width).step_by(V::LANES) {
+                let weight = V::load(&weights[lanes..]);
+                for at in (lanes..size).step_by(width) {
+                    // Beside a key that the row does not see a pair adds 0: which zero, must not show.
+                    V::load(&acc[at..]).mul_add(weight, V::splat(0.0)).store(&mut acc[at..]);
                 }
             }
             if let (Some(o_local), false) = (&self.o_local, piece.is_memory) {
@@ -234,28 +247,31 @@ impl<T: Convert> Kernel<'_, T> {
 }
 
 /// The keys of a piece of `count` rows.
-struct Tiles<'a, 'b, 's, T> {
+struct Tiles<'a, 'b, 's, T, F> {
     kernel: &'a Kernel<'a, T>,
     count: usize,
     b: &'b mut Buffers<'s>,
+    factors: PhantomData<F>,
 }
 
-impl<T: Convert> Visit<T> for Tiles<'_, '_, '_, T> {
+impl<T: Convert, F: Form<T>> Visit<T> for Tiles<'_, '_, '_, T, F> {
     /// A tile of keys, for all rows.
     #[inline(always)]
     fn tile<V: Vector>(&mut self, tile: &KeyTile<'_, T>) {
-        let Tiles { kernel, count, b } = self;
+        let Tiles { kernel, count, b, .. } = self;
         let (d, dp, width) = (kernel.shape.head_dim(), kernel.tile.dp, V::MR * V::LANES);
-        let k = Rows::of::<V, _>(&tile.rows.0, tile.range.clone(), dp, b.k);
-        let v = Rows::of::<V, _>(&tile.rows.1, tile.range.clone(), dp, b.v);
+        let lead = tile.lead(F::TERMS);
+        let k = Rows::<F>::of::<V, T>(&tile.rows.0, tile.range.clone(), dp, b.k);
+        let v = F::values::<V>(&tile.rows.1, tile.range.clone(), lead, dp, b.v);
         let (row_max, row_sum) = b.states.split_at_mut(kernel.tile.rows);
         for first in (0..*count).step_by(width) {
-            let seen = tile.seen::<V>(first..(*count).min(first + width), b.ranges);
+            let seen = tile.seen::<V>(first..(*count).min(first + width), lead, b.ranges);
             V::run(PanelOverTile {
-                q: &b.q[first * dp..][..width * dp],
+                q: cast_slice(&b.q[first * dp..][..width * dp]),
                 k,
                 v,
                 d,
+                keys: lead..lead + (tile.range.end - tile.range.start) as usize,
                 unit: kernel.unit,
                 seen,
                 ranges: b.ranges.split_at(MAX_WIDTH).into(),

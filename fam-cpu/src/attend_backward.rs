@@ -241,8 +241,8 @@ impl<T: Convert> Kernel<'_, T> {
         for ((q, d_o), first) in panels.zip((0..count).step_by(width)) {
             let count = width.min(count - first);
             let row = |r: usize| (first + r) * dp..(first + r) * dp + d;
-            pack::panel::<V, f32>(|r| &b.q_rows[row(r)], count, 1.0, q);
-            pack::panel::<V, f32>(|r| &b.d_o_rows[row(r)], count, 1.0, d_o);
+            pack::panel::<V, f32, f32>(|r| &b.q_rows[row(r)], count, 1.0, q);
+            pack::panel::<V, f32, f32>(|r| &b.d_o_rows[row(r)], count, 1.0, d_o);
         }
         b.d_q[..count.next_multiple_of(width) * dp].fill(0.0);
 
@@ -284,7 +284,7 @@ impl<T: Convert> Visit<T> for Tiles<'_, '_, '_, T> {
         let (lse, delta) = b.states.split_at(stride);
         let (p, d_s) = b.p.split_at_mut(BLOCK_N * stride);
         for first in (0..count).step_by(width) {
-            let seen = tile.seen::<V>(first..count.min(first + width), b.ranges);
+            let seen = tile.seen::<V>(first..count.min(first + width), 0, b.ranges);
             let panel = first * dp..(first + width) * dp;
             V::run(PanelBackward {
                 q: &b.q[panel.clone()],

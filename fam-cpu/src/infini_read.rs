@@ -79,7 +79,7 @@ impl<T: Convert> Body for TileOfRows<'_, '_, T> {
             for first in (0..tokens * group).step_by(width) {
                 let rows = first..(tokens * group).min(first + width);
                 let panel = &mut panel[..width * tile.dp];
-                pack::panel::<V, f32>(|r| o_local.row(at(first + r)), rows.len(), 1.0, panel);
+                pack::panel::<V, f32, f32>(|r| o_local.row(at(first + r)), rows.len(), 1.0, panel);
                 let buffers = [&mut *sigma_q, &mut *a, &mut *m, &mut *shares];
                 state.gate_panel::<V>(&span, i, heads.clone(), rows.clone(), |r| state.q.row(at(r)), buffers, panel);
                 o.write_panel::<V>(task, panel, rows.len(), stage, |r| at(first + r));
@@ -124,7 +124,7 @@ impl<'a, T: Convert> State<'a, T> {
         let entry = (u64::from(span.state_entry) + i as u64) % self.m.layout().shape[1] as u64;
         let (slot, entry, kv_head) = (span.slot as usize, entry as usize, heads.start / group);
         let (x, a) = (&mut sigma_q[..width * dp], &mut a[..width * dp]);
-        pack::panel::<V, T>(|r| q(rows.start + r), rows.len(), 1.0, x);
+        pack::panel::<V, T, f32>(|r| q(rows.start + r), rows.len(), 1.0, x);
         let m = Rows::of::<V, _>(&self.m.rows([slot, entry, kv_head]), 0..d as u64, dp, m);
         let z = self.z.row([slot, entry, 0, kv_head]);
         V::run(Retrieve { x, m, z, vectors: rows.len().div_ceil(V::LANES), a });

@@ -5,7 +5,7 @@ use crate::vector::neon::Neon;
 use crate::vector::{Body, Vector, scalar::Scalar};
 #[cfg(target_arch = "x86_64")]
 use crate::vector::{avx2::Avx2, avx512::Avx512};
-use fam_core::{Error, Result};
+use fam_core::{Dtype, Error, Op, Result};
 use std::fmt;
 use std::str::FromStr;
 
@@ -13,6 +13,8 @@ use std::str::FromStr;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Isa {
+    /// x86-64 with AVX512-BF16, beside what `Avx512` asks for.
+    Avx512Bf16,
     /// x86-64 with AVX-512 F, BW, DQ and VL, beside what `Avx2` asks for.
     Avx512,
     /// x86-64 with AVX2, FMA and F16C.
@@ -25,11 +27,12 @@ pub enum Isa {
 
 impl Isa {
     /// Every level, the best first.
-    pub const ALL: [Isa; 4] = [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar];
+    pub const ALL: [Isa; 5] = [Isa::Avx512Bf16, Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar];
 
     /// The name in kernel ids and in `FAM_ISA`.
     pub const fn name(self) -> &'static str {
         match self {
+            Isa::Avx512Bf16 => "avx512bf16",
             Isa::Avx512 => "avx512",
             Isa::Avx2 => "avx2",
             Isa::Neon => "neon",
@@ -41,7 +44,9 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::is_available(),
+            Isa::Avx512Bf16 => Avx512::<true>::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::<false>::is_available(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::is_available(),
             #[cfg(target_arch = "aarch64")]
@@ -63,12 +68,35 @@ impl Isa {
         }
     }
 
+    /// The level whose kernel an op runs: the dot of bf16 pairs serves attention in bf16, and nothing else differs from `Avx512`.
+    pub fn kernel(self, op: Op, dtype: Dtype) -> Isa {
+        match self {
+            Isa::Avx512Bf16 if op != Op::Attend || !self.pairs().contains(&dtype) => Isa::Avx512,
+            _ => self,
+        }
+    }
+
+    /// The dtypes in which attention multiplies pairs of bf16. Then probabilities are rounded to bf16, and operands and sums of products that
+    /// are subnormal in f32 count as 0.
+    pub const fn pairs(self) -> &'static [Dtype] {
+        if matches!(self, Isa::Avx512Bf16) { &[Dtype::Bf16] } else { &[] }
+    }
+
+    /// Runs a body whose products are of pairs, on vectors of the level that has their dot.
+    pub(crate) fn run_pairs<B: Body>(self, body: B) -> B::Output {
+        assert!(self == Isa::Avx512Bf16 && self.is_available(), "a plan is made only for a level that the machine has");
+        #[cfg(target_arch = "x86_64")]
+        return Avx512::<true>::run(body);
+        #[cfg(not(target_arch = "x86_64"))]
+        Scalar::run(body)
+    }
+
     /// Runs a body on vectors of this level.
     pub(crate) fn run<B: Body>(self, body: B) -> B::Output {
         assert!(self.is_available(), "a plan is made only for a level that the machine has");
         match self {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Avx512::run(body),
+            Isa::Avx512Bf16 | Isa::Avx512 => Avx512::<false>::run(body),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::run(body),
             #[cfg(target_arch = "aarch64")]

@@ -142,7 +142,8 @@ impl Backend for Cpu {
         if !Dtype::ALL.contains(&dtype) {
             return Err(Error::unsupported("dtype", dtype, "f32, f16, bf16"));
         }
-        let kernel = |&op| (KernelId { backend: "cpu", op, dtype, variant: self.isa.name() }, parallel::phases(op));
+        let kernel =
+            |&op| (KernelId { backend: "cpu", op, dtype, variant: self.isa.kernel(op, dtype).name() }, parallel::phases(op));
         let ring = memory::ring_layout(spec);
         let ring_bytes = (ring.shape[0] * ring.stride[0] * ring.dtype.bytes()) as u64;
         Ok(Support::new(spec.ops().iter().map(kernel).collect())

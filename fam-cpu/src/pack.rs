@@ -1,15 +1,19 @@
-//! From strided rows of any element type to f32 in the forms that [`crate::product`] reads.
+//! From strided rows of any element type to factors, f32 or pairs of bf16, in the forms that [`crate::product`] reads.
 //!
 //! | form | of | as |
 //! |---|---|---|
 //! | panel, `[dp][W]` | rows (`q`, σ(q), sums): a lane is a row, W of them | vectors |
 //! | tile, `[keys][stride]` | keys, values, `m` | broadcasts |
+//! | tile, `[keys / 2][stride]` | values in pairs of keys | broadcasts |
 //!
-//! `dp` is D rounded up to [`PAD`] elements and `W` is `MR` vectors. A tile is read where it lies if it is f32 and dense; else it is copied.
+//! `dp` is D rounded up to [`PAD`] elements (in pairs of channels half of that) and `W` is `MR` vectors. A tile of single keys is read where
+//! it lies if its elements are the factors and it is dense; else it is copied.
 
 use crate::memory::HeadRows;
-use crate::product::Broadcast;
+use crate::product::{Broadcast, Factor, Pair};
+use crate::tile::MAX_HEAD_DIM;
 use crate::vector::{MAX_LANES, Vector};
+use bytemuck::{cast_slice, cast_slice_mut};
 use fam_core::{Element, bf16, f16, mutate};
 use std::ops::Range;
 
@@ -133,21 +137,102 @@ pub(crate) fn unpack_row<V: Vector, T: Convert>(from: &[f32], to: &mut [T]) {
     to[rest..].iter_mut().zip(&from[rest..]).for_each(|(to, x)| *to = T::from_f32(*x));
 }
 
+/// How rows of `T` become factors.
+pub(crate) trait Form<T: Element>: Factor {
+    /// The `LANES` factors of a row's channels from factor `i` on, times 1, 0 or −1; 0 beyond its end.
+    fn channels<V: Vector>(row: &[T], i: usize, sign: f32) -> V;
+    /// Rows where they lie, `stride` elements apart, and the distance in factors; `None` where they are no factors.
+    fn lying(of: &[T], stride: usize) -> Option<(&[Self], usize)>;
+    /// Rows `range` of values in factors of keys, the first key at place `lead`: where they lie, or copied to `buffer`.
+    fn values<'a, V: Vector>(
+        rows: &HeadRows<'a, T>,
+        range: Range<u64>,
+        lead: usize,
+        dp: usize,
+        buffer: &'a mut [f32],
+    ) -> Rows<'a, Self>;
+}
+
+impl<T: Convert> Form<T> for f32 {
+    #[inline(always)]
+    fn channels<V: Vector>(row: &[T], i: usize, sign: f32) -> V {
+        channels::<V, T>(row, i).mul(V::splat(sign))
+    }
+    #[inline(always)]
+    fn lying(of: &[T], stride: usize) -> Option<(&[f32], usize)> {
+        T::as_f32(of).map(|of| (of, stride))
+    }
+    #[inline(always)]
+    fn values<'a, V: Vector>(rows: &HeadRows<'a, T>, range: Range<u64>, _: usize, dp: usize, buffer: &'a mut [f32]) -> Rows<'a> {
+        Rows::of::<V, T>(rows, range, dp, buffer)
+    }
+}
+
+impl Form<bf16> for Pair {
+    #[inline(always)]
+    fn channels<V: Vector>(row: &[bf16], i: usize, sign: f32) -> V {
+        let row = row.get(2 * i..).unwrap_or_default();
+        if row.len() >= 2 * V::LANES && sign == 1.0 {
+            return V::load_pairs(row);
+        }
+        let mut pairs = [0f32; MAX_LANES];
+        for (to, x) in cast_slice_mut::<_, bf16>(&mut pairs).iter_mut().zip(row) {
+            // The product is a bf16: nothing is lost.
+            *to = bf16::from_bits(((x.to_f32() * sign).to_bits() >> 16) as u16);
+        }
+        V::load(&pairs)
+    }
+    #[inline(always)]
+    fn lying(of: &[bf16], stride: usize) -> Option<(&[Pair], usize)> {
+        (of.len().is_multiple_of(2) && stride.is_multiple_of(2)).then(|| (cast_slice(of), stride / 2))
+    }
+    #[inline(always)]
+    fn values<'a, V: Vector>(
+        rows: &HeadRows<'a, bf16>,
+        range: Range<u64>,
+        lead: usize,
+        dp: usize,
+        buffer: &'a mut [f32],
+    ) -> Rows<'a, Pair> {
+        const ABSENT: [bf16; MAX_HEAD_DIM] = [bf16::ZERO; MAX_HEAD_DIM];
+        let (d, end) = (rows.get(range.start).len(), lead + (range.end - range.start) as usize);
+        let rest = d / V::LANES * V::LANES;
+        // Beside its only visible key a pair has zeros: the other's may be NaN, or not there.
+        let key = |t: usize| if (lead..end).contains(&t) { rows.get(range.start + (t - lead) as u64) } else { &ABSENT[..d] };
+        for (i, to) in buffer.chunks_exact_mut(dp).take(end.div_ceil(2)).enumerate() {
+            let (first, second) = (key(2 * i), key(2 * i + 1));
+            for c in (0..rest).step_by(V::LANES) {
+                V::pair(V::load_bf16(&first[c..]), V::load_bf16(&second[c..])).store(&mut to[c..]);
+            }
+            if rest < d {
+                V::pair(channels::<V, bf16>(first, rest), channels::<V, bf16>(second, rest)).store(&mut to[rest..]);
+            }
+        }
+        Rows { data: cast_slice(buffer), stride: dp }
+    }
+}
+
 /// Elements of the buffer in which the rows of a vector are transposed.
 pub(crate) const fn stage(dp: usize) -> usize {
     PAD * dp
 }
 
-/// Packs `count` rows into a panel, times `factor`. The last vector's absent rows are 0; further vectors are left as they are.
+/// Packs `count` rows into a panel, times 1, 0 or −1. The last vector's absent rows are 0; further vectors are left as they are.
 #[inline(always)]
-pub(crate) fn panel<'r, V: Vector, T: Convert>(rows: impl Fn(usize) -> &'r [T], count: usize, factor: f32, to: &mut [f32]) {
-    let (width, dp) = (V::MR * V::LANES, to.len() / (V::MR * V::LANES));
+pub(crate) fn panel<'r, V: Vector, T: Convert, F: Form<T>>(
+    rows: impl Fn(usize) -> &'r [T],
+    count: usize,
+    sign: f32,
+    to: &mut [f32],
+) {
+    let width = V::MR * V::LANES;
+    let factors = to.len() / width / F::TERMS;
     for first in (0..count).step_by(V::LANES) {
         let rows: [&[T]; MAX_LANES] = std::array::from_fn(|r| if first + r < count { rows(first + r) } else { &[] });
-        for c in (0..dp).step_by(V::LANES) {
+        for c in (0..factors).step_by(V::LANES) {
             let mut square = [V::splat(0.0); MAX_LANES];
             for r in 0..V::LANES {
-                square[r] = channels::<V, T>(rows[r], c).mul(V::splat(factor));
+                square[r] = F::channels::<V>(rows[r], c, sign);
             }
             let columns = V::transpose(square);
             for j in 0..V::LANES {
@@ -173,42 +258,47 @@ pub(crate) fn unpack<V: Vector>(panel: &[f32], first: usize, to: &mut [f32]) {
     }
 }
 
-/// Keys, values or rows of `m`, as f32.
+/// Keys, values or rows of `m`, as factors.
 #[derive(Clone, Copy)]
-pub(crate) struct Rows<'a> {
-    pub data: &'a [f32],
+pub(crate) struct Rows<'a, F = f32> {
+    pub data: &'a [F],
     pub stride: usize,
 }
 
-impl<'a> Rows<'a> {
+impl<'a, F: Factor> Rows<'a, F> {
     /// Rows `range` of a cache, where they lie or copied to `buffer`, `[rows][dp]`.
     ///
     /// Rows that are further apart than they are long would share few sets of L1: a tile of them does not stay there, and the prefetcher
     /// brings what nobody reads.
     #[inline(always)]
-    pub fn of<V: Vector, T: Convert>(rows: &HeadRows<'a, T>, range: Range<u64>, dp: usize, buffer: &'a mut [f32]) -> Self {
+    pub fn of<V: Vector, T: Convert>(rows: &HeadRows<'a, T>, range: Range<u64>, dp: usize, buffer: &'a mut [f32]) -> Self
+    where
+        F: Form<T>,
+    {
         let count = (range.end - range.start) as usize;
         if let Some((run, stride)) = rows.run(range.start, count)
             && stride <= dp
-            && let Some(data) = T::as_f32(run)
+            && let Some((data, stride)) = F::lying(run, stride)
         {
             return Rows { data, stride };
         }
         for (index, to) in range.zip(buffer.chunks_exact_mut(dp)) {
-            row::<V, T>(rows.get(index), to);
+            for (i, to) in (0..dp / F::TERMS).step_by(V::LANES).zip(to.chunks_exact_mut(V::LANES)) {
+                F::channels::<V>(rows.get(index), i, 1.0).store(to);
+            }
         }
-        Rows { data: buffer, stride: dp }
+        Rows { data: cast_slice(buffer), stride: dp }
     }
 
     /// Sums over the channels of each row.
     #[inline(always)]
-    pub fn over_channels(self) -> Broadcast<'a> {
+    pub fn over_channels(self) -> Broadcast<'a, F> {
         Broadcast { data: self.data, i: self.stride, k: 1 }
     }
 
     /// Sums over the rows of each channel.
     #[inline(always)]
-    pub fn over_rows(self) -> Broadcast<'a> {
+    pub fn over_rows(self) -> Broadcast<'a, F> {
         Broadcast { data: self.data, i: 1, k: self.stride }
     }
 }

@@ -1,9 +1,9 @@
 //! What a level of instructions can do at most, as the kernels use it: the roof that a figure is a share of.
 
 use crate::Isa;
-use crate::product::{All, Broadcast, Lanes, accumulate, store, zero};
+use crate::product::{All, Broadcast, Factor, Lanes, Pair, accumulate, store, zero};
 use crate::vector::{Body, Vector, exp2};
-use fam_core::Result;
+use fam_core::{Result, bf16};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -21,7 +21,18 @@ impl Isa {
     /// # Errors
     /// [`fam_core::Error::Unsupported`] where this machine lacks the level; so do the other probes.
     pub fn multiply_adds(self, rounds: usize) -> Result<f64> {
-        Ok(self.available()?.run(MultiplyAdds(rounds)))
+        Ok(self.available()?.run(MultiplyAdds(rounds, 0.001f32)))
+    }
+
+    /// The same of bf16, as attention multiplies it at this level: in pairs where the level has their dot, else in f32.
+    ///
+    /// # Errors
+    /// See [`Isa::multiply_adds`].
+    pub fn bf16_multiply_adds(self, rounds: usize) -> Result<f64> {
+        match self.pairs() {
+            [] => self.multiply_adds(rounds),
+            _ => Ok(self.available()?.run_pairs(MultiplyAdds(rounds, Pair([bf16::EPSILON; 2])))),
+        }
     }
 
     /// Exponentials of `passes` passes over L1, by the method of the softmax, done on this thread: how many these were.
@@ -33,46 +44,56 @@ impl Isa {
     }
 
     /// Speed of the micro-kernel in blocks of so many vectors by so many broadcast values: `[vectors, values]` and FLOP/s, the best of many
-    /// short runs out of L1.
+    /// short runs out of L1. In pairs of bf16 where the level has their dot, else in f32.
     ///
     /// # Errors
     /// See [`Isa::multiply_adds`].
     pub fn product_speeds(self) -> Result<Vec<([usize; 2], f64)>> {
         let isa = self.available()?;
-        Ok(vec![
-            ([1, 4], isa.run(Block::<1, 4>)),
-            ([1, 8], isa.run(Block::<1, 8>)),
-            ([1, 16], isa.run(Block::<1, 16>)),
-            ([2, 4], isa.run(Block::<2, 4>)),
-            ([2, 6], isa.run(Block::<2, 6>)),
-            ([2, 8], isa.run(Block::<2, 8>)),
-            ([2, 12], isa.run(Block::<2, 12>)),
-            ([3, 4], isa.run(Block::<3, 4>)),
-            ([3, 8], isa.run(Block::<3, 8>)),
-            ([4, 4], isa.run(Block::<4, 4>)),
-            ([4, 6], isa.run(Block::<4, 6>)),
-        ])
+        Ok(match self.pairs() {
+            [] => block_speeds(isa, 0.25f32),
+            _ => block_speeds(isa, Pair([bf16::EPSILON; 2])),
+        })
     }
 }
 
-/// Products of 64 rows with a panel of `M` vectors over 64 channels, `N` rows at once.
-struct Block<const M: usize, const N: usize>;
+/// [`Isa::product_speeds`] of one kind of factors.
+fn block_speeds<F: Factor>(isa: Isa, b: F) -> Vec<([usize; 2], f64)> {
+    vec![
+        ([1, 4], F::run(isa, Block::<F, 1, 4>(b))),
+        ([1, 8], F::run(isa, Block::<F, 1, 8>(b))),
+        ([1, 16], F::run(isa, Block::<F, 1, 16>(b))),
+        ([2, 4], F::run(isa, Block::<F, 2, 4>(b))),
+        ([2, 6], F::run(isa, Block::<F, 2, 6>(b))),
+        ([2, 8], F::run(isa, Block::<F, 2, 8>(b))),
+        ([2, 10], F::run(isa, Block::<F, 2, 10>(b))),
+        ([2, 12], F::run(isa, Block::<F, 2, 12>(b))),
+        ([3, 4], F::run(isa, Block::<F, 3, 4>(b))),
+        ([3, 8], F::run(isa, Block::<F, 3, 8>(b))),
+        ([4, 4], F::run(isa, Block::<F, 4, 4>(b))),
+        ([4, 6], F::run(isa, Block::<F, 4, 6>(b))),
+    ]
+}
 
-impl<const M: usize, const N: usize> Body for Block<M, N> {
+/// Products of 64 rows with a panel of `M` vectors over 64 channels, `N` rows at once.
+struct Block<F, const M: usize, const N: usize>(F);
+
+impl<F: Factor, const M: usize, const N: usize> Body for Block<F, M, N> {
     type Output = f64;
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) -> f64 {
         let (width, rows) = (M * V::LANES, 64 / N * N);
-        let (x, b, mut out) = (vec![0.5f32; 64 * width], [0.25f32; 64 * 64], vec![0.0f32; 64 * width]);
+        let (x, b, mut out) = (vec![self.0; 64 * width], vec![self.0; 64 * 64], vec![0.0f32; 64 * width]);
+        let factors = 64 / F::TERMS;
         let mut best = f64::MAX;
         for _ in 0..50 {
             let start = Instant::now();
             for _ in 0..100 {
                 for i in (0..rows).step_by(N) {
                     let mut sum = zero::<V, M, N>();
-                    let b = Broadcast { data: black_box(&b), i: 64, k: 1 };
-                    accumulate(Lanes { data: &x, stride: width }, b.skip(i), 0..64, &All, &mut sum);
+                    let b = Broadcast { data: &black_box(&b)[..], i: factors, k: 1 };
+                    accumulate(Lanes { data: &x, stride: width }, b.skip(i), 0..factors, &All, &mut sum);
                     store(&sum, &mut out[i * width..], width);
                 }
             }
@@ -83,14 +104,15 @@ impl<const M: usize, const N: usize> Body for Block<M, N> {
     }
 }
 
-struct MultiplyAdds(usize);
+/// So many rounds, with this factor.
+struct MultiplyAdds<F>(usize, F);
 
-impl Body for MultiplyAdds {
+impl<F: Factor> Body for MultiplyAdds<F> {
     type Output = f64;
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) -> f64 {
-        let (a, b) = (V::splat(black_box(0.999)), V::splat(black_box(1e-3)));
+        let (a, b) = (F::join([V::splat(black_box(0.999)); 2]), black_box(self.1));
         let mut x = [a; CHAINS[1]];
         // Chains of equal numbers would be compiled into one.
         for (i, x) in x.iter_mut().enumerate() {
@@ -99,7 +121,7 @@ impl Body for MultiplyAdds {
         let chains = (MR * NR).clamp(CHAINS[0], CHAINS[1]);
         for _ in 0..self.0 {
             for x in &mut x[..chains] {
-                *x = x.mul_add(a, b);
+                *x = b.add_product(a, *x);
             }
         }
         let mut out = [0.0; CHAINS[1] * 16];
@@ -107,7 +129,7 @@ impl Body for MultiplyAdds {
             x.store(out);
         }
         black_box(out);
-        (2 * chains * V::LANES * self.0) as f64
+        (2 * F::TERMS * chains * V::LANES * self.0) as f64
     }
 }
 

@@ -16,27 +16,97 @@
 //! | dV = Pᵀ·dO, dK = dSᵀ·Q | channels | keys | rows | P, dS |
 //!
 //! A lane's arithmetic is one chain over k, the same for any `MR` and `NR`: tiles may be cut anywhere without changing a bit.
+//!
+//! x and b hold f32, or pairs of bf16 that are neighbours in k ([`Factor`]); then k counts pairs. Sums are f32.
 
+use crate::isa::Isa;
 use crate::tile::CHAIN;
-use crate::vector::Vector;
+use crate::vector::{Body, Vector};
+use bytemuck::{Pod, Zeroable};
+use fam_core::bf16;
 use std::ops::Range;
+
+/// What a product multiplies. As large as an f32, so that one scratch memory serves all.
+pub(crate) trait Factor: Pod {
+    /// Terms of the sum in one factor.
+    const TERMS: usize;
+    /// Runs a body with such products on vectors that have them.
+    fn run<B: Body>(isa: Isa, body: B) -> B::Output;
+    /// `sum + x·b`, lane by lane.
+    fn add_product<V: Vector>(self, x: V, sum: V) -> V;
+    /// The same with those terms of factor k alone that are `within`, in each lane from the one number to before the other; one by one,
+    /// with the bits of all at once.
+    fn add_products_within<V: Vector>(self, x: V, sum: V, k: usize, within: [V; 2]) -> V;
+    /// Factors of the first `TERMS` terms.
+    fn join<V: Vector>(terms: [V; 2]) -> V;
+}
+
+impl Factor for f32 {
+    const TERMS: usize = 1;
+
+    #[inline(always)]
+    fn run<B: Body>(isa: Isa, body: B) -> B::Output {
+        isa.run(body)
+    }
+    #[inline(always)]
+    fn add_product<V: Vector>(self, x: V, sum: V) -> V {
+        x.mul_add(V::splat(self), sum)
+    }
+    #[inline(always)]
+    fn add_products_within<V: Vector>(self, x: V, sum: V, k: usize, [first, end]: [V; 2]) -> V {
+        self.add_product(x, sum).select(V::splat(k as f32).is_within(first, end), sum)
+    }
+    #[inline(always)]
+    fn join<V: Vector>([term, _]: [V; 2]) -> V {
+        term
+    }
+}
+
+/// Terms 2i and 2i + 1. The second enters the sum first ([`Vector::dot`]).
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+#[repr(transparent)]
+pub(crate) struct Pair(pub [bf16; 2]);
+
+impl Factor for Pair {
+    const TERMS: usize = 2;
+
+    #[inline(always)]
+    fn run<B: Body>(isa: Isa, body: B) -> B::Output {
+        isa.run_pairs(body)
+    }
+    #[inline(always)]
+    fn add_product<V: Vector>(self, x: V, sum: V) -> V {
+        sum.dot(x, V::splat(bytemuck::cast(self)))
+    }
+    #[inline(always)]
+    fn add_products_within<V: Vector>(self, x: V, sum: V, k: usize, [first, end]: [V; 2]) -> V {
+        let [first_term, second_term] = [2 * k, 2 * k + 1].map(|term| term as f32);
+        let Pair(b) = self;
+        let sum = Pair([bf16::ZERO, b[1]]).add_product(x, sum).select(V::splat(second_term).is_within(first, end), sum);
+        Pair([b[0], bf16::ZERO]).add_product(x, sum).select(V::splat(first_term).is_within(first, end), sum)
+    }
+    #[inline(always)]
+    fn join<V: Vector>([first, second]: [V; 2]) -> V {
+        V::pair(first, second)
+    }
+}
 
 /// Vectors over k, `stride` apart.
 #[derive(Clone, Copy)]
-pub(crate) struct Lanes<'a> {
-    pub data: &'a [f32],
+pub(crate) struct Lanes<'a, F = f32> {
+    pub data: &'a [F],
     pub stride: usize,
 }
 
 /// Values b[i·`i` + k·`k`].
 #[derive(Clone, Copy)]
-pub(crate) struct Broadcast<'a> {
-    pub data: &'a [f32],
+pub(crate) struct Broadcast<'a, F = f32> {
+    pub data: &'a [F],
     pub i: usize,
     pub k: usize,
 }
 
-impl<'a> Broadcast<'a> {
+impl<'a, F> Broadcast<'a, F> {
     /// The values from i = `first` on.
     #[inline(always)]
     pub fn skip(self, first: usize) -> Self {
@@ -51,18 +121,18 @@ pub(crate) fn zero<V: Vector, const MR: usize, const NR: usize>() -> [[V; MR]; N
 }
 
 /// How a term enters its sum.
-pub(crate) trait Term<V: Vector> {
-    /// `sum` with x·b: term k of vector j.
-    fn add(&self, sum: V, x: V, b: V, k: usize, j: usize) -> V;
+pub(crate) trait Term<V: Vector, F> {
+    /// `sum` with x·b: factor k of vector j.
+    fn add(&self, sum: V, x: V, b: F, k: usize, j: usize) -> V;
 }
 
 /// Every term.
 pub(crate) struct All;
 
-impl<V: Vector> Term<V> for All {
+impl<V: Vector, F: Factor> Term<V, F> for All {
     #[inline(always)]
-    fn add(&self, sum: V, x: V, b: V, _: usize, _: usize) -> V {
-        x.mul_add(b, sum)
+    fn add(&self, sum: V, x: V, b: F, _: usize, _: usize) -> V {
+        b.add_product(x, sum)
     }
 }
 
@@ -72,36 +142,36 @@ pub(crate) struct Within<V, const MR: usize> {
     pub end: [V; MR],
 }
 
-impl<V: Vector, const MR: usize> Term<V> for Within<V, MR> {
+impl<V: Vector, F: Factor, const MR: usize> Term<V, F> for Within<V, MR> {
     #[inline(always)]
-    fn add(&self, sum: V, x: V, b: V, k: usize, j: usize) -> V {
-        x.mul_add(b, sum).select(V::splat(k as f32).is_within(self.first[j], self.end[j]), sum)
+    fn add(&self, sum: V, x: V, b: F, k: usize, j: usize) -> V {
+        b.add_products_within(x, sum, k, [self.first[j], self.end[j]])
     }
 }
 
-/// `sum[i][j] += Σ_k b[i][k] · x[k][j]` over the terms k.
+/// `sum[i][j] += Σ_k b[i][k] · x[k][j]` over the factors k.
 #[inline(always)]
-pub(crate) fn accumulate<V: Vector, const MR: usize, const NR: usize>(
-    x: Lanes<'_>,
-    b: Broadcast<'_>,
-    terms: Range<usize>,
-    term: &impl Term<V>,
+pub(crate) fn accumulate<V: Vector, F: Factor, const MR: usize, const NR: usize>(
+    x: Lanes<'_, F>,
+    b: Broadcast<'_, F>,
+    factors: Range<usize>,
+    term: &impl Term<V, F>,
     sum: &mut [[V; MR]; NR],
 ) {
-    if terms.is_empty() {
+    if factors.is_empty() {
         return;
     }
-    let last = terms.end - 1;
+    let last = factors.end - 1;
     assert!(last * x.stride + MR * V::LANES <= x.data.len() && (NR - 1) * b.i + last * b.k < b.data.len());
     let (x_data, b_data) = (x.data.as_ptr(), b.data.as_ptr());
     let mut out = *sum;
-    for k in terms {
+    for k in factors {
         for i in 0..NR {
             // SAFETY: k is at most `last` and i at most NR − 1; with these the index has been checked.
-            let b = V::splat(unsafe { *b_data.add(i * b.i + k * b.k) });
+            let b = unsafe { *b_data.add(i * b.i + k * b.k) };
             for j in 0..MR {
-                // SAFETY: as above, with j at most MR − 1.
-                let x = unsafe { V::load_from(x_data.add(k * x.stride + j * V::LANES)) };
+                // SAFETY: as above, with j at most MR − 1. Factors are as large as an f32, and any bits are one.
+                let x = unsafe { V::load_from(x_data.add(k * x.stride + j * V::LANES).cast()) };
                 out[i][j] = term.add(out[i][j], x, b, k, j);
             }
         }
@@ -109,19 +179,20 @@ pub(crate) fn accumulate<V: Vector, const MR: usize, const NR: usize>(
     *sum = out;
 }
 
-/// Σ_k b[i][k] · x[k][j] over `terms` terms, in chains of at most `CHAIN`: a longer one's error would grow with its length, where all terms
-/// are equal and each rounding errs to the same side.
+/// Σ_k b[i][k] · x[k][j] over so many factors, in chains of at most `CHAIN` terms: a longer one's error would grow with its length, where
+/// all terms are equal and each rounding errs to the same side.
 #[inline(always)]
-pub(crate) fn chained<V: Vector, const MR: usize, const NR: usize>(
-    x: Lanes<'_>,
-    b: Broadcast<'_>,
-    terms: usize,
+pub(crate) fn chained<V: Vector, F: Factor, const MR: usize, const NR: usize>(
+    x: Lanes<'_, F>,
+    b: Broadcast<'_, F>,
+    factors: usize,
 ) -> [[V; MR]; NR] {
+    let step = CHAIN / F::TERMS;
     let mut sum = zero::<V, MR, NR>();
-    accumulate(x, b, 0..terms.min(CHAIN), &All, &mut sum);
-    for first in (CHAIN..terms).step_by(CHAIN) {
+    accumulate(x, b, 0..factors.min(step), &All, &mut sum);
+    for first in (step..factors).step_by(step) {
         let mut chain = zero::<V, MR, NR>();
-        accumulate(x, b, first..terms.min(first + CHAIN), &All, &mut chain);
+        accumulate(x, b, first..factors.min(first + step), &All, &mut chain);
         for (sum, chain) in sum.iter_mut().flatten().zip(chain.iter().flatten()) {
             *sum = sum.add(*chain);
         }
@@ -177,7 +248,7 @@ fn block<V: Vector, const MR: usize, const NR: usize>(
     terms: usize,
     each: &mut impl FnMut(usize, usize, V),
 ) {
-    let sums = chained::<V, MR, NR>(x, b, terms);
+    let sums = chained::<V, f32, MR, NR>(x, b, terms);
     for (i, sums) in sums.into_iter().enumerate() {
         for (j, sum) in sums.into_iter().enumerate() {
             each(i, j * V::LANES, sum);

@@ -1,5 +1,6 @@
 //! The online softmax: one small state for each row, so that keys can come tile by tile (Milakov and Gimelshein, arXiv 1805.02867).
 
+use crate::product::Factor;
 use crate::vector::{Vector, exp2};
 use fam_core::mutate;
 use std::ops::Range;
@@ -52,13 +53,15 @@ impl Softmax {
     }
 }
 
-/// Takes a tile into the states of a vector of rows: turns the logits `s` of `keys`, −∞ where a row does not see the key, into
-/// exp((s − row_max)·unit). `s` is `[keys][MR vectors]`, of which this is the first; `row_max` is in units too, and `maxima` is what it
-/// becomes. Returns the factor that brings what was accumulated before to the new maximum.
+/// Takes a tile into the states of a vector of rows: turns the logits `s` of `keys`, −∞ where a row does not see the key, into factors of
+/// exp((s − row_max)·unit), the first of them in the place of the first logit. `s` is `[keys][MR vectors]`, of which this is the first;
+/// `row_max` is in units too, and `maxima` is what it becomes. Returns the factor that brings what was accumulated before to the new
+/// maximum.
 ///
-/// The difference from the maximum is taken before it is multiplied: it is exact where logits are close, however large they are.
+/// The difference from the maximum is taken before it is multiplied: it is exact where logits are close, however large they are. Sums are
+/// those of the exponentials before they are rounded to factors, as `lse` needs them; to `o` the one is as good as the other.
 #[inline(always)]
-pub(crate) fn update<V: Vector>(
+pub(crate) fn update<V: Vector, F: Factor>(
     [row_max, row_sum]: [&mut [f32]; 2],
     maxima: V,
     unit: f32,
@@ -79,10 +82,17 @@ pub(crate) fn update<V: Vector>(
     let shift = V::splat(0.0).select(is_empty, maxima);
     let before = exp2(V::load(row_max).sub(shift).mul(factor));
     let mut sum = V::load(row_sum).mul(mutate!("attend-sum-not-rescaled", before, V::splat(1.0)));
-    for s in s[keys.start * width..].chunks_mut(width).take(keys.len()) {
-        let p = exp2(V::load(s).sub(shift).mul(factor));
-        sum = sum.add(p);
-        p.store(s);
+    for i in keys.start / F::TERMS..keys.end.div_ceil(F::TERMS) {
+        // Beside the only visible key of a factor is a 0.
+        let mut terms = [V::splat(0.0); 2];
+        for n in 0..F::TERMS {
+            let t = i * F::TERMS + n;
+            if keys.contains(&t) {
+                terms[n] = exp2(V::load(&s[t * width..]).sub(shift).mul(factor));
+                sum = sum.add(terms[n]);
+            }
+        }
+        F::join(terms).store(&mut s[i * width..]);
     }
     maxima.store(row_max);
     sum.store(row_sum);
@@ -113,7 +123,7 @@ mod tests {
             let (mut row_max, mut row_sum) = ([state.row_max; 16], [state.row_sum; 16]);
             let largest = logits.iter().fold(V::splat(state.row_max), |max, s| max.max(V::splat(*s)));
             let state = [&mut row_max[..], &mut row_sum[..]];
-            let before = update(state, largest, 1.0, &mut s, V::LANES, 0..logits.len());
+            let before = update::<V, f32>(state, largest, 1.0, &mut s, V::LANES, 0..logits.len());
             let mut factor = [0.0; 16];
             before.store(&mut factor);
             let state = Softmax { row_max: row_max[0], row_sum: row_sum[0] };

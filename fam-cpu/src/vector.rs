@@ -1,4 +1,4 @@
-//! The narrow waist between kernels and instruction sets: some fifteen verbs over a register of f32 lanes.
+//! The narrow waist between kernels and instruction sets: some twenty verbs over a register of f32 lanes.
 //!
 //! A kernel is written once, as a [`Body`] generic over [`Vector`] and `#[inline(always)]`; an instruction set implements the verbs in a
 //! file of its own and runs bodies in a shell with its `#[target_feature]`. The shell is the only way in ([`crate::Isa::run`]), so a verb
@@ -12,6 +12,7 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
+pub(crate) mod plain;
 pub(crate) mod scalar;
 
 use fam_core::{bf16, f16};
@@ -45,7 +46,7 @@ pub(crate) trait Vector: Copy {
 
     /// The same value in every lane.
     fn splat(value: f32) -> Self;
-    /// The `LANES` elements from `from` on.
+    /// The `LANES` elements from `from` on, aligned or not.
     ///
     /// # Safety
     /// They can be read.
@@ -77,6 +78,13 @@ pub(crate) trait Vector: Copy {
     fn load_bf16(from: &[bf16]) -> Self;
     /// Writes the nearest values, ties to even, to the first `LANES` elements of `to`.
     fn store_bf16(self, to: &mut [bf16]);
+    /// The first `2·LANES` elements of `from` as pairs.
+    #[inline(always)]
+    fn load_pairs(from: &[bf16]) -> Self {
+        let from = &from[..2 * Self::LANES];
+        // SAFETY: the slice has them, and any bits are a lane.
+        unsafe { Self::load_from(from.as_ptr().cast()) }
+    }
     /// The columns of the square that the first `LANES` rows are. What comes behind them is of no use.
     fn transpose(rows: [Self; MAX_LANES]) -> [Self; MAX_LANES];
 
@@ -104,6 +112,18 @@ pub(crate) trait Vector: Copy {
     fn is_within(self, first: Self, end: Self) -> Self::Mask;
     /// `self` where the mask is true, `other` elsewhere.
     fn select(self, mask: Self::Mask, other: Self) -> Self;
+
+    /// Two bf16 in each lane, `first` in its lower half: the nearest ones, ties to even. What is subnormal in f32 becomes 0.
+    #[inline(always)]
+    fn pair(first: Self, second: Self) -> Self {
+        plain::pair(first, second)
+    }
+    /// `self + x₂·b₂ + x₁·b₁`, where lanes of `x` and `b` are pairs of bf16: each product is added in one rounding. Operands, sums and
+    /// `self` that are subnormal in f32 count as 0.
+    #[inline(always)]
+    fn dot(self, x: Self, b: Self) -> Self {
+        plain::dot(self, x, b)
+    }
 }
 
 /// 2ˣ for x ≤ 0 within 2 ulp: 1 for 0, 0 for −∞, NaN for NaN, correctly rounded subnormals. Not for x > 127.
@@ -155,7 +175,7 @@ pub(crate) fn sigma<V: Vector>(x: V) -> V {
 
 #[cfg(test)]
 mod tests {
-    use super::{Body, Vector, exp, exp2, sigma};
+    use super::{Body, Vector, exp, exp2, plain, sigma};
     use crate::Isa;
 
     /// Functions of one number, in every lane.
@@ -282,5 +302,51 @@ mod tests {
     #[test]
     fn verbs_do_what_they_say() {
         levels().for_each(|isa| isa.run(Verbs));
+    }
+
+    /// Pairs and their dot against plain Rust, of all kinds of numbers.
+    struct Pairs;
+
+    impl Body for Pairs {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+            let mut state = 1u64;
+            let mut random = |least: u32, exponents: u32| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let bits = (state >> 32) as u32;
+                f32::from_bits(bits & 0x807f_ffff | (least + (bits >> 23 & 0xff) % exponents) << 23)
+            };
+            let same = |got: V, want: V| {
+                let mut lanes = [[0.0; 16]; 2];
+                got.store(&mut lanes[0]);
+                want.store(&mut lanes[1]);
+                let is_same = |got: f32, want: f32| got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
+                assert!(lanes[0].into_iter().zip(lanes[1]).all(|(got, want)| is_same(got, want)), "{lanes:?}");
+            };
+            // Ordinary numbers, products and sums around the least normal one, and all that there are.
+            for (least, exponents, of_sum) in [(120, 12, 110), (55, 20, 0), (0, 256, 0)] {
+                for _ in 0..20_000 {
+                    let mut lanes = [[0.0; 16]; 5];
+                    lanes.iter_mut().flatten().for_each(|x| *x = random(least, exponents));
+                    lanes[0].iter_mut().for_each(|x| *x = random(of_sum, exponents));
+                    let [sum, a, b, c, d] = lanes.map(|x| V::load(&x));
+                    if least > 0 || exponents == 256 {
+                        let (x, y) = (plain::pair(a, b), plain::pair(c, d));
+                        // A pair with a NaN may hold any NaN.
+                        if !lanes.iter().flatten().any(|x| x.is_nan()) {
+                            same(V::pair(a, b), x);
+                        }
+                        same(sum.dot(x, y), plain::dot(sum, x, y));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_are_what_plain_rust_makes_of_them() {
+        levels().filter(|isa| !isa.pairs().is_empty()).for_each(|isa| isa.run_pairs(Pairs));
     }
 }

@@ -87,6 +87,12 @@ impl<T> KeyTile<'_, T> {
         in_tile(keys.start)..in_tile(keys.end)
     }
 
+    /// The place of the first key where factors hold so many terms ([`crate::product::Factor`]): places are counted from where a factor
+    /// begins. Like tiles, factors begin at places that depend on their distance to the row's block alone.
+    pub fn lead(&self, terms: usize) -> usize {
+        self.first.rem_euclid(terms as i64) as usize
+    }
+
     /// Rows of the piece that see a key of `keys`: the rows between two of them do so too.
     #[inline(always)]
     pub fn rows_seeing(&self, keys: &Range<usize>) -> Range<usize> {
@@ -95,20 +101,24 @@ impl<T> KeyTile<'_, T> {
         first * group..partition_point(tokens, |t| self.visible(t).start < keys.end) * group
     }
 
-    /// What the vectors of a panel of `rows` see. Where a vector does not see all, `ranges` gets each row's first key, and behind `MAX_WIDTH` the one
-    /// after its last.
+    /// What the vectors of a panel of `rows` see, as places of keys of which the first has place `lead`. Where a vector does not see all,
+    /// `ranges` gets each row's first key, and behind `MAX_WIDTH` the one after its last.
     #[inline(always)]
-    pub fn seen<V: Vector>(&self, rows: Range<usize>, ranges: &mut [f32]) -> [Seen; MAX_MR] {
+    pub fn seen<V: Vector>(&self, rows: Range<usize>, lead: usize, ranges: &mut [f32]) -> [Seen; MAX_MR] {
         let group = self.shape.group();
         let count = (self.range.end - self.range.start) as usize;
+        let visible = |row: usize| {
+            let keys = self.visible(row / group);
+            lead + keys.start..lead + keys.end
+        };
         let mut of_vectors: [Seen; MAX_MR] = Default::default();
         for (of_vector, r) in of_vectors.iter_mut().zip(rows.clone().step_by(V::LANES)) {
             let last = rows.end.min(r + V::LANES) - 1;
-            *of_vector = Seen::new(self.visible(r / group), self.visible(last / group));
+            *of_vector = Seen::new(visible(r), visible(last));
             // Looked at for keys that not all rows of the panel see.
-            if of_vector.all != (0..count) {
+            if of_vector.all != (lead..lead + count) {
                 for lane in 0..V::LANES {
-                    let (keys, at) = (self.visible(last.min(r + lane) / group), r - rows.start + lane);
+                    let (keys, at) = (visible(last.min(r + lane)), r - rows.start + lane);
                     (ranges[at], ranges[MAX_WIDTH + at]) = (keys.start as f32, keys.end as f32);
                 }
             }

@@ -47,7 +47,7 @@ impl fmt::Display for Wrong {
     }
 }
 
-/// Rounding errors of an output, each as a share of u_out·A_j: rounding that leans to one side breaks training long before it breaks a
+/// Rounding errors of an output, each as a share of u·A_j, with u that of the output or of coarser probabilities: rounding that leans to one side breaks training long before it breaks a
 /// bound. Means are taken case by case, since the elements of a case err together.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Bias {
@@ -273,8 +273,10 @@ impl<'a> Checker<'a> {
         if row.class != Class::Mean || row.condition.s > 8.0 {
             return;
         }
+        let of_output = self.bound.out_dtype.unit_roundoff();
+        let coarsest = self.bound.p16.map_or(of_output, |p16| of_output.max(p16.unit_roundoff()));
         for ((&got, &expected), &a) in got.iter().zip(row.o).zip(row.a) {
-            let unit = self.bound.out_dtype.unit_roundoff() * a;
+            let unit = coarsest * a;
             if unit > 64.0 * tiny(self.bound.out_dtype) && expected.is_finite() && got.is_finite() {
                 let error = (got - expected) / unit;
                 self.rounding.0 += 1;

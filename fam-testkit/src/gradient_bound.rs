@@ -303,7 +303,7 @@ impl Pair {
         let d_logit_error = through + p_error * x.abs() + 2.0 * U32 * d_logit.abs() + lost;
         let mut pair = Pair { scale, p, p_error, d_logit, d_logit_error, made_of: p * total };
         // P16, and dS16: both are rounded to 16 bits before they meet a matrix, and so is a d_o of f32, for d_o·v and for d_v alike.
-        if let Some(p16) = bound.p16 {
+        if let Some(p16) = bound.p16_backward {
             let rounded = |x: f64| 1.01 * p16.unit_roundoff() * x.abs() + tiny(p16);
             if bound.out_dtype == Dtype::F32 {
                 pair.p_error += rounded(p);

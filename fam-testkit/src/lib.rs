@@ -75,5 +75,5 @@ pub use runner::{BIAS_CASES, BIAS_SHARE, Budget, Event, Failure, Outcome, Passed
 pub use streams::run_streams;
 pub use tolerance::{
     Bound, Condition, Level, Limits, NanReach, Term, Tolerance, infini_read as infini_read_bound,
-    infini_write as infini_write_bounds, merged_lse, tiny,
+    infini_write as infini_write_bounds, lost_to_flush, merged_lse, tiny,
 };

@@ -2,7 +2,7 @@
 
 use crate::check::Rule;
 use crate::finite::{Finite, magnitude};
-use crate::tolerance::{Bound, Condition, Limits, NanReach, Tolerance, tiles};
+use crate::tolerance::{Bound, Condition, Limits, NanReach, Tolerance, lost_to_flush, tiles};
 use fam_core::{Result, Shape, Span};
 use fam_ref::{Array, Attended};
 use std::ops::Range;
@@ -107,6 +107,7 @@ impl Problem {
             tiles: tiles(keys.clone(), shape.block_len(), span.mem_rows as usize, limits.key_tile),
             d: shape.head_dim() as f64,
             v_max: if v_max.is_finite() { v_max } else { seen.finite.v_max },
+            flushed: if limits.flushes.contains(&shape.dtype()) { self.flushed(is_memory, at, block, keys.clone()) } else { 0.0 },
         };
         let may_be_nan = limits.nan != NanReach::Rows && self.loads_others(is_memory, at, limits);
         let sums_leave_f32 = condition.n * condition.v_max > f64::from(f32::MAX) && {
@@ -119,11 +120,9 @@ impl Problem {
     }
 
     /// S as the bound takes it, and whether a logit may leave f32.
-    fn logits(&self, is_memory: bool, s: f64, [n, i, r, h]: [usize; 4], block: usize, keys: Range<u64>) -> (f64, bool) {
-        let Inputs { shape, q, mem_q, .. } = &self.inputs;
-        let q = if is_memory { mem_q.as_ref().map(|q| q.row(&[n, i, r, h])) } else { q.as_ref().map(|q| q.row(&[n, r, h])) };
-        let (q, scale) = (q.unwrap_or_default(), f64::from(shape.scale()));
-        let kv_head = h / shape.group();
+    fn logits(&self, is_memory: bool, s: f64, at: [usize; 4], block: usize, keys: Range<u64>) -> (f64, bool) {
+        let (q, scale) = (self.inputs.query(is_memory, at), f64::from(self.inputs.shape.scale()));
+        let (n, kv_head) = (at[0], at[3] / self.inputs.shape.group());
         if !s.is_finite() {
             return (self.seen[n][kv_head].finite.s(q, scale), false);
         }
@@ -134,6 +133,13 @@ impl Problem {
         }
         let is_exact = s > CARRIED && self.inputs.visible(Of::Keys, n, block, keys, kv_head).all(|k| is_exact(q, k, scale));
         (if is_exact { CARRIED } else { s }, false)
+    }
+
+    /// What any logit of a row may lose where products take subnormal numbers for 0.
+    fn flushed(&self, is_memory: bool, at: [usize; 4], block: usize, keys: Range<u64>) -> f64 {
+        let (q, kv_head) = (self.inputs.query(is_memory, at), at[3] / self.inputs.shape.group());
+        let keys = self.inputs.visible(Of::Keys, at[0], block, keys, kv_head);
+        keys.map(|k| lost_to_flush(q, k, self.inputs.shape.scale().into())).fold(0.0, f64::max)
     }
 
     /// Whether the tiles of a row may load a key or value that is not finite: one near what the row, or a row near it, sees.
@@ -185,6 +191,16 @@ impl Inputs {
             mem_v,
             sink: self.sink.as_deref(),
         }
+    }
+
+    /// The query of row `[n, i, r, h]`.
+    fn query(&self, is_memory: bool, [n, i, r, h]: [usize; 4]) -> &[f64] {
+        let q = if is_memory {
+            self.mem_q.as_ref().map(|q| q.row(&[n, i, r, h]))
+        } else {
+            self.q.as_ref().map(|q| q.row(&[n, r, h]))
+        };
+        q.unwrap_or_default()
     }
 
     /// What is finite among the keys and values of one stream and kv head, and where the rest is.
@@ -264,7 +280,7 @@ pub(crate) struct Row<'a> {
 pub(crate) enum Class {
     /// No visible logit is above −∞: the zero is exact.
     Empty,
-    /// One visible key and nothing else: its value, bit for bit.
+    /// One visible key and nothing else: its value, bit for bit, where it is not flushed.
     Copy,
     /// A weighted mean of values.
     Mean,
@@ -304,7 +320,7 @@ impl Row<'_> {
         let condition = Condition { o: self.o[c], a: self.a[c], ..self.condition };
         let (expected, rule) = match (read, self.class) {
             (None, Class::Empty) => (0.0, Rule::Zero),
-            (None, Class::Copy) => (self.o[c], Rule::Same),
+            (None, Class::Copy) if !(bound.flushes && self.o[c].abs() < f32::MIN_POSITIVE.into()) => (self.o[c], Rule::Same),
             (None, _) => (self.o[c], Rule::Near(Tolerance { bound: bound.o(&condition), magnitude: self.a[c] })),
             (Some(read), _) => read.gate(c, bound, [self.o[c], bound.o_f32(&condition)], self.a[c]),
         };

@@ -10,6 +10,8 @@
 //! tiny   = half the least positive number of the output's type, and gradual underflow inside the kernel:
 //!          2⁻¹⁵⁰·(n + 3·tiles) of products and rescales in f32, and of probabilities
 //!          2⁻²⁵·max|v|·(n, or √n in STAT) where they are f16, 2⁻¹⁵⁰·max|v|·n in f32
+//! flush  = A_j·(exp(2f) − 1) + 2⁻¹²⁶·(1 + n + n·max|v|), in LSE f, where products take subnormal numbers for 0:
+//!          f is what that may take from a logit
 //! ```
 //!
 //! Where the logits of a row are exact in f32 in any order, S is at most 40. docs/math.md derives each bound. A kernel with another source of error declares it as a [`Term`].
@@ -52,6 +54,8 @@ pub struct Condition {
     pub d: f64,
     /// max |v| over the visible keys; over the finite values where there are others.
     pub v_max: f64,
+    /// f: what a logit may lose where products take subnormal numbers for 0 ([`lost_to_flush`]); 0 with other kernels.
+    pub flushed: f64,
 }
 
 /// A source of error of one backend beside those that the bound names, e.g. a fast exponential.
@@ -85,6 +89,10 @@ pub struct Limits {
     pub key_tile: usize,
     /// The dtypes whose kernels round probabilities to that dtype before P·V.
     pub p16: &'static [Dtype],
+    /// The dtypes whose backward kernels round probabilities, and gradients of logits, to that dtype before a product.
+    pub p16_backward: &'static [Dtype],
+    /// The dtypes in which attention's products take operands, and sums, that are subnormal in f32 for 0.
+    pub flushes: &'static [Dtype],
     /// How far NaN spreads.
     pub nan: NanReach,
     /// Further errors.
@@ -95,15 +103,24 @@ impl Default for Limits {
     /// The strictest: any size, one tile for all keys of a block, probabilities in f32, NaN confined to the rows that see it, no further
     /// error. A kernel with smaller tiles states them, for the roundings of its rescales.
     fn default() -> Self {
-        Limits { max_elements: u64::MAX, key_tile: usize::MAX, p16: &[], nan: NanReach::Rows, terms: &[] }
+        Limits {
+            max_elements: u64::MAX,
+            key_tile: usize::MAX,
+            p16: &[],
+            p16_backward: &[],
+            flushes: &[],
+            nan: NanReach::Rows,
+            terms: &[],
+        }
     }
 }
 
 impl Limits {
     /// Those of a kernel of which nothing is known: it may look at the maximum after every key, round probabilities to 16 bits with 16-bit
-    /// inputs, and have NaN anywhere in its tiles.
+    /// inputs and take subnormal numbers for 0, and have NaN anywhere in its tiles.
     pub fn any_kernel() -> Self {
-        Limits { key_tile: 1, p16: &[Dtype::F16, Dtype::Bf16], nan: NanReach::Tiles, ..Limits::default() }
+        let p16 = &[Dtype::F16, Dtype::Bf16];
+        Limits { key_tile: 1, p16, p16_backward: p16, flushes: &Dtype::ALL, nan: NanReach::Tiles, ..Limits::default() }
     }
 
     /// Whether `key_tile` is the size of a kernel's tile, and not the one or the other extreme.
@@ -129,6 +146,18 @@ impl Limits {
         self.p16 = dtypes;
         self
     }
+    /// Declares 16-bit probabilities and gradients of logits in backward kernels.
+    #[must_use]
+    pub fn p16_backward(mut self, dtypes: &'static [Dtype]) -> Self {
+        self.p16_backward = dtypes;
+        self
+    }
+    /// Declares that subnormal numbers count as 0.
+    #[must_use]
+    pub fn flushes(mut self, dtypes: &'static [Dtype]) -> Self {
+        self.flushes = dtypes;
+        self
+    }
     /// Declares how far NaN spreads.
     #[must_use]
     pub fn nan(mut self, nan: NanReach) -> Self {
@@ -152,6 +181,10 @@ pub struct Bound<'a> {
     pub out_dtype: Dtype,
     /// Type that probabilities are rounded to, if any.
     pub p16: Option<Dtype>,
+    /// Type that backward kernels round probabilities and gradients of logits to, if any.
+    pub p16_backward: Option<Dtype>,
+    /// Whether products take subnormal numbers for 0.
+    pub flushes: bool,
     /// The backend's further errors.
     pub terms: &'a [Term],
 }
@@ -159,7 +192,9 @@ pub struct Bound<'a> {
 impl<'a> Bound<'a> {
     /// The bounds for outputs of `out_dtype` from inputs of `dtype`.
     pub fn new(level: Level, dtype: Dtype, out_dtype: Dtype, limits: &'a Limits) -> Self {
-        Bound { level, out_dtype, p16: limits.p16.contains(&dtype).then_some(dtype), terms: limits.terms }
+        let rounds = |dtypes: &[Dtype]| dtypes.contains(&dtype).then_some(dtype);
+        let (p16, p16_backward) = (rounds(limits.p16), rounds(limits.p16_backward));
+        Bound { level, out_dtype, p16, p16_backward, flushes: limits.flushes.contains(&dtype), terms: limits.terms }
     }
 
     /// Of an element of `o`, as it is stored.
@@ -169,7 +204,7 @@ impl<'a> Bound<'a> {
 
     /// Of an element of the f32 accumulator that `o` is rounded from.
     pub fn o_f32(&self, c: &Condition) -> f64 {
-        let Condition { a, s, sink, n, tiles, d, .. } = *c;
+        let Condition { a, s, sink, n, tiles, d, flushed, .. } = *c;
         let v_max = magnitude(c.v_max);
         let (terms, keys) = match self.level {
             Level::Hard => (2.0 * s * (d + 4.0) + 2.0 * sink + n + 3.0 * tiles + 12.0, n),
@@ -183,12 +218,14 @@ impl<'a> Bound<'a> {
         };
         // A product or a rescale whose result is subnormal rounds by up to half of the least subnormal.
         let underflow = exp2(-150) * (n + 3.0 * tiles);
-        p16 + underflow + U32 * a * terms + self.terms.iter().map(|t| (t.bound)(c)).sum::<f64>()
+        // Logits that have lost something; and of P·V a value, each probability, and the sum after each key. Beyond 1 the bound says nothing.
+        let flush = if self.flushes { a * (2.0 * flushed.min(1.0)).exp_m1() + exp2(-126) * (1.0 + n + n * v_max) } else { 0.0 };
+        p16 + flush + underflow + U32 * a * terms + self.terms.iter().map(|t| (t.bound)(c)).sum::<f64>()
     }
 
     /// Of the log-sum-exp `lse`.
     pub fn lse(&self, lse: f64, c: &Condition) -> f64 {
-        U32 * (lse.abs() + 2.0 * c.s * (c.d + 4.0) + 2.0 * c.sink + c.n + 8.0)
+        U32 * (lse.abs() + 2.0 * c.s * (c.d + 4.0) + 2.0 * c.sink + c.n + 8.0) + c.flushed
     }
 
     /// Of the gated output: shares `g` of memory and local attention, whose parts have errors of `a_error` and `o_error` in f32.
@@ -215,6 +252,14 @@ impl<'a> Bound<'a> {
         let underflow = exp2(-148) * (o_a.abs() + o_b.abs()) + exp2(-149);
         U32 * (sums + weights) + underflow + self.out_dtype.unit_roundoff() * o.abs() + tiny(self.out_dtype)
     }
+}
+
+/// What the logit of `q` and `k` may lose where products take subnormal numbers for 0: its terms that have such a factor, and of every
+/// term the sum behind it.
+pub fn lost_to_flush(q: &[f64], k: &[f64], scale: f64) -> f64 {
+    let least = f64::from(f32::MIN_POSITIVE);
+    let terms = q.iter().zip(k).filter(|(q, k)| q.abs() < least || k.abs() < least);
+    scale.abs() * (terms.map(|(q, k)| magnitude(q * k)).sum::<f64>() + least * q.len() as f64)
 }
 
 /// How far an element may be from the reference, and what it was made of.
@@ -285,7 +330,7 @@ mod tests {
     #[test]
     fn formulas() {
         let limits = Limits::default();
-        let c = Condition { o: 0.5, a: 2.0, s: 3.0, sink: 0.0, n: 16.0, tiles: 2.0, d: 64.0, v_max: 4.0 };
+        let c = Condition { o: 0.5, a: 2.0, s: 3.0, sink: 0.0, n: 16.0, tiles: 2.0, d: 64.0, v_max: 4.0, flushed: 0.0 };
         let bound = Bound::new(Level::Hard, Dtype::F32, Dtype::F32, &limits);
         assert_eq!(bound.o(&c), U32 * 0.5 + U32 * 2.0 * (6.0 * 68.0 + 16.0 + 6.0 + 12.0) + exp2(-150) * (16.0 + 6.0 + 1.0));
         let only_sink = Condition { o: 0.0, a: 0.0, ..c };
@@ -318,13 +363,16 @@ mod tests {
             let exact = (-f64::from(sink)).exp();
             let expected = exact * f64::from(v) / (1.0 + exact);
             let c =
-                Condition { o: expected, a: expected, s: 0.0, sink: sink.into(), n: 1.0, tiles: 1.0, d: 1.0, v_max: v.into() };
+                Condition { o: expected, a: expected, sink: sink.into(), n: 1.0, tiles: 1.0, d: 1.0, v_max: v.into(), ..NOTHING };
             let error = (f64::from(o) - expected).abs();
             assert!(error <= bound.o(&c), "sink {sink}: {error:e} of {:e}", bound.o(&c));
             needed += usize::from(error > bound.o(&c) - exp2(-150) * c.n * c.v_max);
         }
         assert!(needed > 100, "without the term {needed} of 400 right results would be wrong");
     }
+
+    const NOTHING: Condition =
+        Condition { o: 0.0, a: 0.0, s: 0.0, sink: 0.0, n: 0.0, tiles: 0.0, d: 0.0, v_max: 0.0, flushed: 0.0 };
 
     /// Halves of the least subnormal round to even, here both to 0.
     #[test]

@@ -157,7 +157,7 @@ impl Call {
         Ok(Call {
             case: *case,
             shape: *shape,
-            p16: h.limits().p16.contains(&shape.dtype()).then_some(shape.dtype()),
+            p16: h.limits().p16_backward.contains(&shape.dtype()).then_some(shape.dtype()),
             q: [&inputs.q, &inputs.mem_q].map(array),
             o: [host(&rows.o)?, host(&mem_rows.o)?],
             lse: [host(&rows.lse)?, host(&mem_rows.lse)?],

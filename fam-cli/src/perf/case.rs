@@ -112,6 +112,8 @@ pub struct Work {
     /// compressive memory 2·D² more for each row that reads it and for each key that is written, and with the delta rule 2·D² for each key
     /// that reads it first.
     pub flops: f64,
+    /// Those of them that a level with the dot of bf16 pairs does in pairs; they are not in `flops`.
+    pub bf16_flops: f64,
     /// One for each visible pair; with a compressive memory σ of every channel of q and k.
     pub exps: f64,
     /// Visible keys and values, each once.
@@ -163,8 +165,11 @@ impl PerfCase {
             Some(InfiniRule::Linear) => (heads + kv_heads, heads + kv_heads),
             Some(_) => (heads + 2.0 * kv_heads, heads + kv_heads),
         };
+        let attention = if self.is_backward { 10.0 } else { 4.0 } * d * pairs;
+        let is_bf16 = dtype == Dtype::Bf16 && !self.is_backward;
         Work {
-            flops: if self.is_backward { 10.0 } else { 4.0 } * d * pairs + 2.0 * d * d * rows * products,
+            flops: if is_bf16 { 0.0 } else { attention } + 2.0 * d * d * rows * products,
+            bf16_flops: if is_bf16 { attention } else { 0.0 },
             exps: pairs + d * rows * sigmas,
             bytes: 2.0 * (dtype.bytes() * keys as usize) as f64 * d * kv_heads,
         }

@@ -150,7 +150,8 @@ impl Call {
                 let tiles = (rows.n[row] / self.limits.key_tile as f64).ceil();
                 let (o, a) = (rows.o.row(&row), rows.a.row(&row));
                 let (s, keys, v_max) = (rows.s[row], rows.n[row], rows.v_max[row]);
-                let condition = |c: usize| Condition { o: o[c], a: a[c], s, sink: 0.0, n: keys, tiles, d: d as f64, v_max };
+                let condition =
+                    |c: usize| Condition { o: o[c], a: a[c], s, sink: 0.0, n: keys, tiles, d: d as f64, v_max, flushed: 0.0 };
                 let got = got.row(&[n, r, heads.start + h]);
                 let read = self.state.as_ref().map(|[before, _]| {
                     let [m, z] = of_head(before, kv_head, d);

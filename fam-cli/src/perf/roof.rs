@@ -1,6 +1,6 @@
 //! What this machine can do with the instructions that the kernels use: the roof that a case's time is a share of.
 //!
-//! The probes of arithmetic are `fam-cpu`'s own, of the level that its kernels run at ([`Isa::multiply_adds`], [`Isa::exponentials`]): the
+//! The probes of arithmetic are `fam-cpu`'s own, of the level that its kernels run at ([`Isa::multiply_adds`], [`Isa::bf16_multiply_adds`], [`Isa::exponentials`]): the
 //! roof of the level `avx2` is the peak of AVX2, whatever else the machine has.
 
 use fam::cpu::Isa;
@@ -13,6 +13,8 @@ use std::time::Instant;
 pub struct Rates {
     /// f32 multiplications and additions, in registers.
     pub flops: f64,
+    /// The same of bf16, as attention multiplies it at this level: in pairs, or as f32.
+    pub bf16_flops: f64,
     /// f32 exponentials, in L1.
     pub exps: f64,
     /// Bytes read from memory.
@@ -43,6 +45,7 @@ impl Probe {
         let part = self.memory.len().div_ceil(self.threads);
         Rates {
             flops: self.rate(|_| self.isa.multiply_adds(ROUNDS).unwrap_or_default()),
+            bf16_flops: self.rate(|_| self.isa.bf16_multiply_adds(ROUNDS).unwrap_or_default()),
             exps: self.rate(|_| self.isa.exponentials(PASSES).unwrap_or_default()),
             bytes: self.rate(|i| {
                 let end = self.memory.len().min((i + 1) * part);

@@ -48,7 +48,7 @@ where
             "prepared",
             json!({ "case": case.name, "what": case.what, "dtype": dtype.name(), "threads": threads, "kernel": prepared.kernel(),
                     "compared": verdict.compared, "worst": verdict.worst_ratio(), "path": path.display().to_string(), "calls": case.calls,
-                    "flops": work.flops, "exps": work.exps, "bytes": work.bytes,
+                    "flops": work.flops, "bf16_flops": work.bf16_flops, "exps": work.exps, "bytes": work.bytes,
                     "bound": if case.is_bound_by_memory() { "memory" } else { "arithmetic" }, "backward": case.is_backward, "rule": rule,
                     "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_len": block_len, "window_blocks": window_blocks,
                     "mem_len": mem_len, "batch": batch, "history": history, "rows": rows }),

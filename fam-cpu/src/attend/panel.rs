@@ -4,24 +4,29 @@
 //! Sᵀ[t][r] = Σ_c k[t][c]·Qᵀ[c][r]        P = exp((S − row_max)·unit)        Oᵀ[c][r] = Oᵀ[c][r]·before + Σ_t v[t][c]·Pᵀ[t][r]
 //! ```
 //!
-//! A lane is a row everywhere, so maxima and sums of rows need no horizontal step, and keys and values no transposition.
+//! A lane is a row everywhere, so maxima and sums of rows need no horizontal step, and keys and values no transposition. Factors are f32,
+//! or pairs of bf16: of channels in the first product, of keys in the second.
 
 use crate::pack::Rows;
-use crate::product::{All, Lanes, Within, accumulate, load, store, zero};
+use crate::product::{All, Factor, Lanes, Within, accumulate, load, store, zero};
 use crate::softmax;
 use crate::tile::{CHAIN, MAX_MR};
 use crate::vector::{Body, Vector};
 use crate::walk::Seen;
+use bytemuck::cast_slice;
 use fam_core::mutate;
+use std::ops::Range;
 
 /// See the file's head. Buffers are of one panel, `[..][W]`.
-pub(super) struct PanelOverTile<'a> {
+pub(super) struct PanelOverTile<'a, F> {
     /// Qᵀ, `[dp][W]`, with the sign of the scale.
-    pub q: &'a [f32],
-    /// Keys and values, of `d` channels.
-    pub k: Rows<'a>,
-    pub v: Rows<'a>,
+    pub q: &'a [F],
+    /// Keys, and values in factors of keys, of `d` channels.
+    pub k: Rows<'a, F>,
+    pub v: Rows<'a, F>,
     pub d: usize,
+    /// Places of the tile's keys: t counts from where factors of keys begin.
+    pub keys: Range<usize>,
     /// |scale|.
     pub unit: f32,
     /// What each vector sees; and each row of a vector that does not see all: its first key, and the one after its last.
@@ -35,7 +40,7 @@ pub(super) struct PanelOverTile<'a> {
     pub row_sum: &'a mut [f32],
 }
 
-impl Body for PanelOverTile<'_> {
+impl<F: Factor> Body for PanelOverTile<'_, F> {
     type Output = ();
 
     #[inline(always)]
@@ -64,7 +69,7 @@ impl Body for PanelOverTile<'_> {
                 let lanes = j * V::LANES..(j + 1) * V::LANES;
                 let state = [&mut self.row_max[lanes.clone()], &mut self.row_sum[lanes.clone()]];
                 let (s, width) = (&mut self.s[lanes.start..], MR * V::LANES);
-                before[j] = softmax::update(state, maxima[j], self.unit, s, width, keys);
+                before[j] = softmax::update::<V, F>(state, maxima[j], self.unit, s, width, keys);
             }
         }
 
@@ -79,7 +84,7 @@ impl Body for PanelOverTile<'_> {
     }
 }
 
-impl PanelOverTile<'_> {
+impl<F: Factor> PanelOverTile<'_, F> {
     /// Logits of the keys `t .. t + N` in all vectors that see any of them.
     #[inline(always)]
     fn logits<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize, maxima: &mut [V; MR]) {
@@ -105,9 +110,10 @@ impl PanelOverTile<'_> {
         maxima: &mut [V; M],
     ) {
         let (width, lanes) = (MR * V::LANES, first * V::LANES);
-        let (q, k) = (Lanes { data: &self.q[lanes..], stride: width }, self.k.over_channels().skip(t));
-        for c in (0..self.d).step_by(CHAIN) {
-            let end = self.d.min(c + CHAIN);
+        let (q, k) = (Lanes { data: &self.q[lanes..], stride: width }, self.k.over_channels().skip(t - self.keys.start));
+        let (factors, step) = (self.d.div_ceil(F::TERMS), CHAIN / F::TERMS);
+        for c in (0..factors).step_by(step) {
+            let end = factors.min(c + step);
             let mut sum = zero::<V, M, N>();
             accumulate(q, k, c..end, &All, &mut sum);
             let s = &mut self.s[t * width + lanes..];
@@ -119,7 +125,7 @@ impl PanelOverTile<'_> {
                     }
                 }
             }
-            if end == self.d {
+            if end == factors {
                 for j in 0..M {
                     let all = &self.seen[first + j].all;
                     if all.start > t || t + N > all.end {
@@ -161,21 +167,27 @@ impl PanelOverTile<'_> {
     #[inline(always)]
     fn values_of<V: Vector, const MR: usize, const M: usize, const N: usize>(&mut self, first: usize, c: usize, before: [V; M]) {
         let (width, lanes) = (MR * V::LANES, first * V::LANES);
-        let (p, v) = (Lanes { data: &self.s[lanes..], stride: width }, self.v.over_rows().skip(c));
+        let p = Lanes { data: cast_slice(&self.s[lanes..]), stride: width };
+        let v = self.v.over_rows().skip(c);
         // A tile's sums are a chain of their own: chains of 64 err less than one of all keys.
         let mut sum = zero::<V, M, N>();
         let Seen { any, all } = &self.seen[first];
-        if any == all {
-            accumulate(p, v, all.clone(), &All, &mut sum);
+        let (begin, end) = (any.start / F::TERMS, any.end.div_ceil(F::TERMS));
+        // Factors whose keys all rows see, or nobody: beyond the tile's ends are zeros.
+        let from = if all.start == self.keys.start { all.start / F::TERMS } else { all.start.div_ceil(F::TERMS) };
+        let until = if all.end == self.keys.end { all.end.div_ceil(F::TERMS) } else { all.end / F::TERMS };
+        let whole = if from < until { from..until } else { end..end };
+        if whole == (begin..end) {
+            accumulate(p, v, whole, &All, &mut sum);
         } else {
             let mut within = Within { first: [V::splat(0.0); M], end: [V::splat(0.0); M] };
             for j in 0..M {
                 within.first[j] = V::load(&self.ranges[0][lanes + j * V::LANES..]);
                 within.end[j] = V::load(&self.ranges[1][lanes + j * V::LANES..]);
             }
-            accumulate(p, v, any.start..all.start, &within, &mut sum);
-            accumulate(p, v, all.clone(), &All, &mut sum);
-            accumulate(p, v, all.end..any.end, &within, &mut sum);
+            accumulate(p, v, begin..whole.start, &within, &mut sum);
+            accumulate(p, v, whole.clone(), &All, &mut sum);
+            accumulate(p, v, whole.end..end, &within, &mut sum);
         }
         let acc = &mut self.acc[c * width + lanes..];
         let acc_before: [[V; M]; N] = load(acc, width);

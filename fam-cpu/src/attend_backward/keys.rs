@@ -66,7 +66,7 @@ impl<T> KeysBackward<'_, T> {
         for (weights, of_rows, sums) in [(self.p, self.d_o, &mut *self.d_v), (self.d_s, self.q, &mut *self.d_k)] {
             let x = Lanes { data: &of_rows[rows.start * self.dp + lane..], stride: self.dp };
             let b = Broadcast { data: &weights[t * self.stride + rows.start..], i: self.stride, k: 1 };
-            let sum = chained::<V, M, N>(x, b, rows.len());
+            let sum = chained::<V, _, M, N>(x, b, rows.len());
             for i in 0..N {
                 for j in 0..M {
                     let to = &mut sums[(t + i) * self.dp + lane + j * V::LANES..];

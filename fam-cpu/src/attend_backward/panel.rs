@@ -88,7 +88,8 @@ impl PanelBackward<'_> {
     #[inline(always)]
     fn weights_of<V: Vector, const MR: usize, const M: usize, const N: usize>(&mut self, first: usize, t: usize) {
         let (width, lanes) = (MR * V::LANES, first * V::LANES);
-        let logits = chained::<V, M, N>(Lanes { data: &self.q[lanes..], stride: width }, self.k.over_channels().skip(t), self.d);
+        let logits =
+            chained::<V, _, M, N>(Lanes { data: &self.q[lanes..], stride: width }, self.k.over_channels().skip(t), self.d);
         let scale = V::splat(self.scale);
         for i in 0..N {
             for j in 0..M {
@@ -99,7 +100,8 @@ impl PanelBackward<'_> {
                 self.seen_of::<V, N>(p, first + j, t, i).store(&mut self.p[(t + i) * self.stride + at..]);
             }
         }
-        let d_p = chained::<V, M, N>(Lanes { data: &self.d_o[lanes..], stride: width }, self.v.over_channels().skip(t), self.d);
+        let d_p =
+            chained::<V, _, M, N>(Lanes { data: &self.d_o[lanes..], stride: width }, self.v.over_channels().skip(t), self.d);
         for i in 0..N {
             for j in 0..M {
                 let at = lanes + j * V::LANES;

@@ -1,17 +1,19 @@
-//! AVX-512 F, BW, DQ and VL: sixteen lanes, thirty-two registers, masks (Intel since Skylake-X, AMD since Zen 4).
+//! AVX-512 F, BW, DQ and VL: sixteen lanes, thirty-two registers, masks (Intel since Skylake-X, AMD since Zen 4); and the same with the
+//! dot of AVX512-BF16 (Intel since Cooper Lake, AMD since Zen 4).
 
 use super::avx2::Avx2;
-use super::{Body, MAX_LANES, Vector};
+use super::{Body, MAX_LANES, Vector, plain};
 use fam_core::{bf16, f16};
 use std::arch::x86_64::*;
 
-/// Sixteen f32 lanes.
+/// Sixteen f32 lanes, with or without AVX512-BF16.
 ///
-/// Values exist only inside the shell, which [`crate::Isa::run`] enters on machines that have its instructions.
+/// Values exist only inside the shells, which [`crate::Isa::run`] and [`crate::Isa::run_pairs`] enter on machines that have their
+/// instructions.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512<const BF16: bool>(__m512);
 
-impl Avx512 {
+impl<const BF16: bool> Avx512<BF16> {
     /// Whether this machine has the instructions.
     pub fn is_available() -> bool {
         Avx2::is_available()
@@ -19,12 +21,18 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
+            && (!BF16 || is_x86_feature_detected!("avx512bf16"))
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn shell<B: Body>(body: B) -> B::Output {
-    body.run::<Avx512, { Avx512::MR }, 8>()
+    body.run::<Avx512<false>, 2, 8>()
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn shell_with_bf16<B: Body>(body: B) -> B::Output {
+    body.run::<Avx512<true>, 2, 8>()
 }
 
 /// The value of an expression of intrinsics.
@@ -35,7 +43,7 @@ macro_rules! simd {
     }};
 }
 
-impl Vector for Avx512 {
+impl<const BF16: bool> Vector for Avx512<BF16> {
     const LANES: usize = 16;
     const MR: usize = 2;
     type Mask = __mmask16;
@@ -43,7 +51,7 @@ impl Vector for Avx512 {
     #[inline(always)]
     fn run<B: Body>(body: B) -> B::Output {
         debug_assert!(Self::is_available());
-        simd!(shell(body))
+        if BF16 { simd!(shell_with_bf16(body)) } else { simd!(shell(body)) }
     }
 
     #[inline(always)]
@@ -167,5 +175,37 @@ impl Vector for Avx512 {
     #[inline(always)]
     fn select(self, mask: __mmask16, other: Self) -> Self {
         Avx512(simd!(_mm512_mask_blend_ps(mask, other.0, self.0)))
+    }
+    #[inline(always)]
+    fn pair(first: Self, second: Self) -> Self {
+        if !BF16 {
+            return plain::pair(first, second);
+        }
+        // Whole numbers 0, 16, 1, 17, …: the instruction leaves all that is first before all that is second.
+        const INTERLEAVED: [u16; 32] = {
+            let mut order = [0; 32];
+            let mut i = 0;
+            while i < 32 {
+                order[i] = (i / 2 + i % 2 * 16) as u16;
+                i += 1;
+            }
+            order
+        };
+        Avx512(simd!({
+            let halves: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(second.0, first.0));
+            let order = _mm512_loadu_si512(INTERLEAVED.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))
+        }))
+    }
+    #[inline(always)]
+    fn dot(self, x: Self, b: Self) -> Self {
+        if !BF16 {
+            return plain::dot(self, x, b);
+        }
+        Avx512(simd!(_mm512_dpbf16_ps(
+            self.0,
+            std::mem::transmute::<__m512, __m512bh>(x.0),
+            std::mem::transmute::<__m512, __m512bh>(b.0)
+        )))
     }
 }

@@ -85,6 +85,7 @@ impl Harness for CpuHarness {
     }
 
     fn limits(&self) -> Limits {
-        Limits::default().key_tile(fam_cpu::BLOCK_N)
+        let pairs = self.cpu.isa().pairs();
+        Limits::default().key_tile(fam_cpu::BLOCK_N).p16(pairs).flushes(pairs)
     }
 }
