@@ -8,23 +8,29 @@
 //! heads of a group folded into rows, so that they share keys. A tile is worked off in pieces that lie in one block, since a block's rows
 //! share its window and its memory; [`crate::walk`] has their keys in order. Of each tile of keys a row sees a range; what lies outside
 //! weighs exactly 0 and its values are not touched, so NaN there stays where it is seen.
+//!
+//! A span of few tokens, and memory rows that are few, take another way through their keys ([`decode`]).
 
+mod decode;
 mod panel;
+mod rows;
 
 use crate::CpuPlan;
 use crate::infini_read::State;
 use crate::memory::{Cache, Input};
 use crate::pack::{self, Convert, Form, Rows, with_element};
 use crate::parallel::output::{Output, Owner};
-use crate::parallel::{Grid, Par, Task, run};
+use crate::parallel::{Grid, Par, Phase, Task, run_phase, shared};
 use crate::product::Pair;
 use crate::softmax::Softmax;
 use crate::span::SpanSource;
-use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
+use crate::tile::{BLOCK_N, MAX_SPLITS, MAX_WIDTH, Splits, Tile, carve};
 use crate::vector::{Body, Vector};
 use crate::walk::{KeyTile, Piece, Visit, walk};
 use bytemuck::cast_slice;
-use fam_core::{Attend, Plan, Result, Shape, bf16, mutate};
+pub(crate) use decode::scratch as scratch_of_few;
+use decode::{Few, JoinSplits};
+use fam_core::{Attend, Plan, Result, Shape, View, ViewMut, bf16, mutate};
 use panel::PanelOverTile;
 use std::marker::PhantomData;
 
@@ -51,7 +57,14 @@ fn typed<T: Convert, F: Form<T>>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_,
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, Some(&args.keys), args.mem.is_some());
     let tile = plan.tile;
-    let row_tiles = args.rows.as_ref().map_or(0, |_| spans.max_rows().div_ceil(tile.tokens));
+    let (keys, mem) = (Cache::<T>::tokens(&args.keys, spec)?, args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)));
+    let splits = Splits::of_task(spans.batch() * shape.kv_heads(), plan.threads);
+    // Tasks of a head that has more splits than one takes.
+    let parts = match &args.rows {
+        Some(_) if splits < MAX_SPLITS => decode::most_splits(shape, &spans, mem.as_ref()).div_ceil(splits),
+        _ => 1,
+    };
+    let row_tiles = args.rows.as_ref().map_or(0, |_| spans.max_rows().div_ceil(tile.tokens).max(parts));
     let mem_tiles = args.mem_rows.as_ref().map_or(0, |_| shape.mem_len().div_ceil(tile.tokens));
     let mem_blocks = args.mem_rows.as_ref().map_or(0, |_| spans.max_blocks());
     let scale = mutate!("attend-scale", shape.scale(), shape.scale() * 0.5);
@@ -63,8 +76,9 @@ fn typed<T: Convert, F: Form<T>>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_,
         mem_rows: args.mem_rows.map(|r| RowGroup::new(r, owner(mem_tiles, row_tiles))),
         row_tiles,
         mem_tiles,
-        keys: Cache::<T>::tokens(&args.keys, spec)?,
-        mem: args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)),
+        splits,
+        keys,
+        mem,
         sink: args.sink.as_ref().map(Input::<f32>::new),
         infini: args.infini.as_ref().map(State::<T>::new),
         o_local: args.o_local.map(|view| Output::new(view, owner(row_tiles, 0))),
@@ -73,8 +87,19 @@ fn typed<T: Convert, F: Form<T>>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_,
     };
     let tiles = row_tiles + mem_blocks * mem_tiles;
     let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles, spans: Some(spans), writes_slots: None };
-    run(par, &grid, scratch, plan.share, &|task, scratch| {
-        F::run(plan.isa, TileOfRows { kernel: &kernel, task, scratch, factors: PhantomData::<F> });
+    let (bytes, scratch) = shared(scratch, plan.shared);
+    let layout = decode::partials(spec, spans.batch());
+    let partials = (parts > 1).then(|| Output::new(ViewMut::new(&mut *bytes, layout), decode::owner(spec, splits, parts)));
+    run_phase(par, Phase { number: 0, of: 2 }, &grid, scratch, plan.share, &|task, scratch| {
+        F::run(plan.isa, TileOfRows { kernel: &kernel, partials: partials.as_ref(), task, scratch, factors: PhantomData::<F> });
+    })?;
+    if parts == 1 {
+        return Ok(());
+    }
+    let partials = Input::new(&View::new(&*bytes, layout));
+    let grid = Grid { tiles: 1, ..grid };
+    run_phase(par, Phase { number: 1, of: 2 }, &grid, scratch, plan.share, &|task, scratch| {
+        plan.isa.run(JoinSplits { kernel: &kernel, partials, task, scratch });
     })
 }
 
@@ -87,6 +112,8 @@ struct Kernel<'a, T> {
     /// Tiles of block rows; then come `mem_tiles` of each block's memory rows.
     row_tiles: usize,
     mem_tiles: usize,
+    /// Splits of few block rows' keys that a task takes: tile i of such a stream is the i-th of these.
+    splits: usize,
     keys: Cache<'a, T>,
     mem: Option<Cache<'a, T>>,
     sink: Option<Input<'a, f32>>,
@@ -137,9 +164,18 @@ struct Buffers<'s> {
     m: &'s mut [f32],
 }
 
+impl<'s> Buffers<'s> {
+    fn new<T>(kernel: &Kernel<'_, T>, scratch: &'s mut [f32]) -> Self {
+        let [q, acc, k, v, s, stage, states, ranges, sigma_q, read, m] = carve(scratch, self::scratch(kernel.shape, kernel.tile));
+        Buffers { q, acc, k, v, s, stage, states, ranges, sigma_q, read, m }
+    }
+}
+
 /// A task on its worker.
 struct TileOfRows<'a, 's, T, F> {
     kernel: &'a Kernel<'a, T>,
+    /// What splits leave, where a head has several tasks.
+    partials: Option<&'a Output<'a>>,
     task: &'s mut Task,
     scratch: &'s mut [f32],
     factors: PhantomData<F>,
@@ -151,32 +187,36 @@ impl<T: Convert, F: Form<T>> Body for TileOfRows<'_, '_, T, F> {
     /// The tile's rows, cut at block boundaries.
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        let TileOfRows { kernel, task, scratch, .. } = self;
-        let (shape, tile) = (kernel.shape, kernel.tile);
-        let [q, acc, k, v, s, stage, states, ranges, sigma_q, read, m] = carve(scratch, self::scratch(shape, tile));
-        let mut buffers = Buffers { q, acc, k, v, s, stage, states, ranges, sigma_q, read, m };
-        let (span, block_len) = (task.span(), shape.block_len() as u64);
-        let block = |i: usize| (span.start / block_len + i as u64) * block_len;
-        let is_memory = task.tile() >= kernel.row_tiles;
-        let (rows, mut first, end, mem_block) = match task.tile().checked_sub(kernel.row_tiles) {
-            None => (&kernel.rows, task.tile() * tile.tokens, span.len as usize, 0),
-            Some(mem_tile) => {
-                let (i, first) = (mem_tile / kernel.mem_tiles, mem_tile % kernel.mem_tiles * tile.tokens);
-                let end = if i < span.blocks(shape.block_len()) { shape.mem_len() } else { 0 };
-                (&kernel.mem_rows, first, end, i)
-            }
-        };
-        let Some(rows) = rows else { return };
-        let end = end.min(first + tile.tokens);
-        while first < end {
-            let (i, tokens) = if is_memory {
-                (mem_block, end - first)
+        let TileOfRows { kernel, partials, task, scratch, .. } = self;
+        let (shape, tile, span) = (kernel.shape, kernel.tile, task.span());
+        let (row_tile, mem_tile) = (task.tile(), task.tile().checked_sub(kernel.row_tiles));
+        if let (None, Some(rows)) = (mem_tile, &kernel.rows) {
+            let len = span.len as usize;
+            if Tile::is_few(shape, len) {
+                let splits = row_tile * kernel.splits..(row_tile + 1) * kernel.splits;
+                let mut few = Few::new(kernel, rows, partials, scratch);
+                for piece in Piece::of_rows(shape, span, 0..len) {
+                    few.piece::<V>(task, &piece, splits.clone());
+                }
             } else {
-                let i = ((span.start + first as u64) / block_len - span.start / block_len) as usize;
-                (i, (end - first).min((block(i) + block_len - span.start) as usize - first))
-            };
-            kernel.piece::<V, F>(task, &Piece { span, i, block: block(i), first, tokens, is_memory }, rows, &mut buffers);
-            first += tokens;
+                let mut buffers = Buffers::new(kernel, scratch);
+                let first = row_tile * tile.tokens;
+                for piece in Piece::of_rows(shape, span, first..len.min(first + tile.tokens)) {
+                    kernel.piece::<V, F>(task, &piece, rows, &mut buffers);
+                }
+            }
+        }
+        if let (Some(mem_tile), Some(rows)) = (mem_tile, &kernel.mem_rows) {
+            let (i, first) = (mem_tile / kernel.mem_tiles, mem_tile % kernel.mem_tiles * tile.tokens);
+            if i >= span.blocks(shape.block_len()) {
+                return;
+            }
+            let piece = Piece::of_memory(shape, span, i, first..shape.mem_len().min(first + tile.tokens));
+            if Tile::is_few(shape, shape.mem_len()) {
+                Few::new(kernel, rows, None, scratch).piece::<V>(task, &piece, 0..MAX_SPLITS);
+            } else {
+                kernel.piece::<V, F>(task, &piece, rows, &mut Buffers::new(kernel, scratch));
+            }
         }
     }
 }
@@ -187,10 +227,7 @@ impl<T: Convert> Kernel<'_, T> {
         let (shape, dp, width) = (self.shape, self.tile.dp, V::MR * V::LANES);
         let (n, kv_head, group) = (task.n(), task.group(), shape.group());
         let (count, size) = (piece.tokens * group, dp * width);
-        let at = |r: usize| {
-            let (row, head) = (piece.first + r / group, kv_head * group + r % group);
-            [n, if piece.is_memory { piece.i } else { 0 }, row, head]
-        };
+        let at = |r: usize| piece.at(shape, [n, kv_head], r);
         for (q, first) in b.q.chunks_exact_mut(size).zip((0..count).step_by(width)) {
             pack::panel::<V, T, F>(|r| rows.q.row(at(first + r)), width.min(count - first), self.sign, q);
         }
@@ -208,22 +245,12 @@ impl<T: Convert> Kernel<'_, T> {
             let acc = &mut b.acc[first * dp..][..size];
             let weights = &mut b.ranges[..width];
             for r in 0..count {
-                let (row_max, row_sum) = (b.states[first + r] * self.unit, b.states[self.tile.rows + first + r]);
-                let without_sink = Softmax { row_max, row_sum };
-                let (mut state, mut before) = (without_sink, 1.0);
-                if let Some(sink) = &self.sink {
-                    (state, [before, _]) = state.merge(Softmax::one(sink.row([0, 0, 0, at(first + r)[3]])[0]));
-                }
-                let divisor = mutate!("attend-sink-weightless", state, without_sink);
-                weights[r] = before * divisor.weight();
-                if divisor.is_empty() {
-                    weights[r] = 0.0;
+                let (row_max, row_sum) = (b.states[first + r], b.states[self.tile.rows + first + r]);
+                let weight = self.weigh::<V>(task, rows, at(first + r), Softmax { row_max, row_sum });
+                if weight.is_none() {
                     acc.iter_mut().skip(r).step_by(width).for_each(|o| *o = 0.0);
                 }
-                if let Some(lse) = &rows.lse {
-                    let value = mutate!("attend-lse-without-sink", state, without_sink).lse();
-                    lse.write::<V>(task, at(first + r), &[mutate!("attend-lse-log2", value, value * std::f32::consts::LOG2_E)]);
-                }
+                weights[r] = weight.unwrap_or(0.0);
             }
             for lanes in (0..width).step_by(V::LANES) {
                 let weight = V::load(&weights[lanes..]);
@@ -243,6 +270,23 @@ impl<T: Convert> Kernel<'_, T> {
             }
             rows.o.write_panel::<V>(task, acc, count, b.stage, |r| at(first + r));
         }
+    }
+
+    /// Ends a row, whose maximum is in units: writes its lse. Returns what its sums are multiplied by; `None` of an empty row, whose result
+    /// is 0 whatever its sums are.
+    #[inline(always)]
+    fn weigh<V: Vector>(&self, task: &mut Task, rows: &RowGroup<'_, T>, at: [usize; 4], keys: Softmax) -> Option<f32> {
+        let without_sink = Softmax { row_max: keys.row_max * self.unit, ..keys };
+        let (mut state, mut before) = (without_sink, 1.0);
+        if let Some(sink) = &self.sink {
+            (state, [before, _]) = state.merge(Softmax::one(sink.row([0, 0, 0, at[3]])[0]));
+        }
+        if let Some(lse) = &rows.lse {
+            let value = mutate!("attend-lse-without-sink", state, without_sink).lse();
+            lse.write::<V>(task, at, &[mutate!("attend-lse-log2", value, value * std::f32::consts::LOG2_E)]);
+        }
+        let divisor = mutate!("attend-sink-weightless", state, without_sink);
+        (!divisor.is_empty()).then(|| before * divisor.weight())
     }
 }
 

@@ -20,7 +20,7 @@ use crate::pack::{self, Convert, Rows, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Phase, Task, run_phase, shared};
 use crate::span::SpanSource;
-use crate::tile::{self, BLOCK_N, MAX_WIDTH, Tile, carve};
+use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector};
 use crate::walk::{KeyTile, Piece, Visit, walk};
 use fam_core::{AttendBackward, KeyGradients, Keys, Plan, Result, RowsBackward, Shape, View, ViewMut, mutate};
@@ -83,7 +83,7 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: AttendBackward<'_, [u8
     let shape = spec.shape();
     let keys = Keys::Strided { k: args.k, v: args.v };
     let spans = SpanSource::new(args.spans, spec, Some(&keys), args.mem.is_some());
-    let (parts, scratch) = shared(scratch, tile::shared(spec));
+    let (parts, scratch) = shared(scratch, plan.shared);
     let layout = per_stream(spans.batch(), shape);
     let owner = Owner::Stream { heads: shape.group() };
     let kernel = Kernel {

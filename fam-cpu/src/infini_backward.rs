@@ -12,7 +12,7 @@ use crate::pack::{self, Convert, with_element};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Phase, Task, run, run_phase, shared};
 use crate::span::SpanSource;
-use crate::tile::{self, Tile, carve};
+use crate::tile::{Tile, carve};
 use crate::vector::{Body, Vector};
 use fam_core::{
     InfiniReadBackward, InfiniRule, InfiniWriteBackward, Keys, Layout, Plan, Result, Shape, Span, StateGradients, View, ViewMut,
@@ -48,7 +48,7 @@ fn read_typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniReadBackwar
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, None, false);
     let owner = Owner::Stream { heads: shape.group() };
-    let (parts, scratch) = shared(scratch, tile::shared(spec));
+    let (parts, scratch) = shared(scratch, plan.shared);
     let layout = per_stream(spans.batch(), shape);
     let kernel = ReadKernel {
         shape,

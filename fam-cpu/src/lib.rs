@@ -55,7 +55,7 @@ mod walk;
 pub use isa::Isa;
 pub use parallel::pool::Pool;
 pub use parallel::{Executor, Par};
-pub use tile::BLOCK_N;
+pub use tile::{BLOCK_N, FEW_ROWS};
 
 use fam_core::{
     Append, Attend, AttendBackward, Backend, Dtype, Error, InfiniRead, InfiniReadBackward, InfiniWrite, InfiniWriteBackward,
@@ -112,8 +112,11 @@ pub struct CpuPlan {
     support: Support,
     isa: Isa,
     tile: Tile,
-    /// Elements of scratch memory for one worker.
+    /// Workers that there is scratch memory for.
+    threads: usize,
+    /// Elements of scratch memory for one worker, and for all tasks.
     share: usize,
+    shared: usize,
 }
 
 impl Plan for CpuPlan {
@@ -149,15 +152,16 @@ impl Backend for Cpu {
         Ok(Support::new(spec.ops().iter().map(kernel).collect())
             .scratch_bytes(
                 parallel::scratch_bytes(tile::worker_share(spec), self.threads)
-                    + parallel::shared_bytes(tile::shared(spec)) as u64,
+                    + parallel::shared_bytes(tile::shared(spec, self.threads)) as u64,
             )
             .ring_bytes(ring_bytes))
     }
 
     fn plan(&self, spec: &Spec) -> Result<CpuPlan> {
         let support = self.support(spec)?;
-        let (tile, share) = (Tile::of(spec.shape()), tile::worker_share(spec));
-        Ok(CpuPlan { spec: spec.clone(), support, isa: self.isa, tile, share })
+        let (tile, threads) = (Tile::of(spec.shape()), self.threads);
+        let (share, shared) = (tile::worker_share(spec), tile::shared(spec, threads));
+        Ok(CpuPlan { spec: spec.clone(), support, isa: self.isa, tile, threads, share, shared })
     }
 
     fn append(&self, plan: &CpuPlan, queue: &mut Par<'_>, args: Append<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
@@ -255,6 +259,7 @@ pub const MUTANTS: &[&str] = &[
     "attend-scale",
     "attend-sink-weightless",
     "attend-slot",
+    "attend-split-unshifted",
     "attend-stale-row",
     "attend-sum-16-bit",
     "attend-sum-not-rescaled",

@@ -251,7 +251,7 @@ pub(crate) fn check_whole(par: &Par<'_>) -> Result<()> {
 /// Phases of an op.
 pub(crate) fn phases(op: Op) -> usize {
     match op {
-        Op::AttendBackward | Op::InfiniReadBackward => 2,
+        Op::Attend | Op::AttendBackward | Op::InfiniReadBackward => 2,
         _ => 1,
     }
 }

@@ -75,11 +75,7 @@ pub(crate) fn update<V: Vector, F: Factor>(
         keys.clone().for_each(|t| s[t * width..][..V::LANES].iter_mut().for_each(|s| *s = round(*s)));
     });
     let maxima = mutate!("attend-max-from-zero", maxima, maxima.max(V::splat(0.0)));
-    let factor = V::splat((f64::from(unit) * std::f64::consts::LOG2_E).min(f32::MAX.into()) as f32);
-    // While a maximum is −∞ exponents are taken against 0, since −∞ − (−∞) is NaN. exp(−∞ − 0) is the right 0, and a NaN logit, which no
-    // maximum shows, stays NaN.
-    let is_empty = maxima.is_within(V::splat(f32::NEG_INFINITY), V::splat(f32::MIN));
-    let shift = V::splat(0.0).select(is_empty, maxima);
+    let (shift, factor) = exponents(maxima, unit);
     let before = exp2(V::load(row_max).sub(shift).mul(factor));
     let mut sum = V::load(row_sum).mul(mutate!("attend-sum-not-rescaled", before, V::splat(1.0)));
     for i in keys.start / F::TERMS..keys.end.div_ceil(F::TERMS) {
@@ -99,6 +95,28 @@ pub(crate) fn update<V: Vector, F: Factor>(
     #[cfg(fam_mutants)]
     mutate!("attend-sum-16-bit", (), row_sum.iter_mut().for_each(|x| *x = fam_core::f16::from_f32(*x).to_f32()));
     mutate!("attend-acc-not-rescaled", before, V::splat(1.0))
+}
+
+/// Joins the states of a vector of rows over other keys to theirs. Returns the factors that bring what was accumulated over either set of
+/// keys to the common maximum.
+#[inline(always)]
+pub(crate) fn join<V: Vector>([row_max, row_sum]: [&mut [f32]; 2], [other_max, other_sum]: [&[f32]; 2], unit: f32) -> [V; 2] {
+    let (one, other) = (V::load(row_max), V::load(other_max));
+    let maxima = one.max(other);
+    let (shift, factor) = exponents(maxima, unit);
+    let [a, b] = [exp2(one.sub(shift).mul(factor)), exp2(other.sub(shift).mul(factor))];
+    let b = mutate!("attend-split-unshifted", b, V::splat(1.0));
+    maxima.store(row_max);
+    V::load(row_sum).mul(a).add(V::load(other_sum).mul(b)).store(row_sum);
+    [a, b]
+}
+
+/// What exponents are taken against, [`Softmax::shift`] of the maxima, and what the difference of two logits is multiplied by.
+#[inline(always)]
+fn exponents<V: Vector>(maxima: V, unit: f32) -> (V, V) {
+    let is_empty = maxima.is_within(V::splat(f32::NEG_INFINITY), V::splat(f32::MIN));
+    let factor = (f64::from(unit) * std::f64::consts::LOG2_E).min(f32::MAX.into()) as f32;
+    (V::splat(0.0).select(is_empty, maxima), V::splat(factor))
 }
 
 #[cfg(test)]

@@ -29,6 +29,51 @@ pub(crate) const MAX_WIDTH: usize = 32;
 /// all terms are equal and each rounding errs to the same side.
 pub(crate) const CHAIN: usize = 64;
 
+/// Most rows of a stream in a call, tokens times query heads of a group, and most memory rows of a block times those, that a lane for each
+/// channel serves better than a lane for each row. Rows that are few, and rows that are not, differ in their last bits.
+pub const FEW_ROWS: usize = 16;
+
+/// Keys that few rows take at once. A step of keys and one of values are read in turn, and the shorter the turns, the better does memory
+/// deliver both; but each step rescales.
+pub(crate) const STEP: usize = 16;
+
+/// Bytes between what few rows read and what they ask for.
+pub(crate) const AHEAD: usize = 8192;
+
+/// Fewest tiles in a split of few rows' keys, and most splits.
+const SPLIT: usize = 2;
+pub(crate) const MAX_SPLITS: usize = 16;
+
+/// How the keys of few rows are cut. Each split is a softmax of its own, and they are joined in their order; so the cuts depend on what the
+/// rows see alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Splits {
+    /// Tiles of keys in a split.
+    pub tiles: usize,
+    /// Splits.
+    pub count: usize,
+}
+
+impl Splits {
+    /// Of so many tiles of keys.
+    pub fn of(tiles: usize) -> Self {
+        let of_one = tiles.div_ceil(MAX_SPLITS).max(SPLIT);
+        Splits { tiles: of_one, count: tiles.div_ceil(of_one) }
+    }
+
+    /// Splits for one task, where so many heads (streams times kv heads) are to keep so many threads busy: all of them, if there are four
+    /// heads for each thread. More tasks make a second phase, which joins what they leave.
+    pub fn of_task(heads: usize, threads: usize) -> usize {
+        match heads >= HEADS_ENOUGH * threads || threads == 1 {
+            true => MAX_SPLITS,
+            false => MAX_SPLITS.div_ceil((HEADS_ENOUGH * threads).div_ceil(heads.max(1)).min(MAX_SPLITS)),
+        }
+    }
+}
+
+/// Heads for each thread from which on no head is cut: the last to finish is then at most a quarter late.
+const HEADS_ENOUGH: usize = 4;
+
 /// How an op is cut into tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tile {
@@ -41,6 +86,11 @@ pub(crate) struct Tile {
 }
 
 impl Tile {
+    /// Whether `rows` tokens, or memory rows, are few.
+    pub fn is_few(shape: &Shape, rows: usize) -> bool {
+        rows * shape.group() <= FEW_ROWS
+    }
+
     /// The tiles of a shape. A group of more than `BLOCK_M` heads is not cut: its rows share keys best.
     pub fn of(shape: &Shape) -> Self {
         Self::of_rows(shape, BLOCK_M)
@@ -61,7 +111,9 @@ impl Tile {
 pub(crate) fn worker_share(spec: &Spec) -> usize {
     let tile = Tile::of(spec.shape());
     let sizes = spec.ops().iter().map(|op| match op {
-        Op::Attend => total(crate::attend::scratch(spec.shape(), tile)),
+        Op::Attend => {
+            total(crate::attend::scratch(spec.shape(), tile)).max(total(crate::attend::scratch_of_few(spec.shape(), tile)))
+        }
         Op::InfiniRead => total(crate::infini_read::scratch(tile)),
         Op::InfiniWrite => total(crate::infini_write::scratch(tile)),
         Op::AttendBackward => total(crate::attend_backward::scratch(Tile::of_backward(spec.shape()))),
@@ -71,10 +123,25 @@ pub(crate) fn worker_share(spec: &Spec) -> usize {
     sizes.max().unwrap_or(0)
 }
 
-/// Elements of scratch memory that all tasks of an op share, for any op of the plan: each stream's part of a gradient per head, in two numbers.
-pub(crate) fn shared(spec: &Spec) -> usize {
-    let sums_streams = [Op::AttendBackward, Op::InfiniReadBackward].iter().any(|op| spec.ops().contains(op));
-    if sums_streams { 2 * spec.batch() * spec.shape().heads() } else { 0 }
+/// Elements of scratch memory that all tasks of an op share, for any op of the plan: what splits leave, or each stream's part of a gradient
+/// per head, in two numbers.
+pub(crate) fn shared(spec: &Spec, threads: usize) -> usize {
+    let (shape, has) = (spec.shape(), |op| spec.ops().contains(&op));
+    let heads = (spec.batch() * shape.kv_heads()).min((HEADS_ENOUGH * threads).saturating_sub(1));
+    let splits =
+        if has(Op::Attend) && threads > 1 { heads * shape.group() * MAX_SPLITS * few_tokens(spec) * partial(shape) } else { 0 };
+    let sums = if has(Op::AttendBackward) || has(Op::InfiniReadBackward) { 2 * spec.batch() * shape.heads() } else { 0 };
+    splits.max(sums)
+}
+
+/// Most tokens of a stream in a call that are few.
+pub(crate) fn few_tokens(spec: &Spec) -> usize {
+    (FEW_ROWS / spec.shape().group()).min(spec.rows())
+}
+
+/// Elements of what a split leaves of a row: its sums, and a cache line with the maximum and Σ p.
+pub(crate) fn partial(shape: &Shape) -> usize {
+    padded(shape.head_dim()) + 16
 }
 
 /// Elements of buffers of `sizes`.

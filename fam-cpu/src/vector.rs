@@ -88,6 +88,12 @@ pub(crate) trait Vector: Copy {
     /// The columns of the square that the first `LANES` rows are. What comes behind them is of no use.
     fn transpose(rows: [Self; MAX_LANES]) -> [Self; MAX_LANES];
 
+    /// The even lanes of `self` and behind them those of `other`; the odd ones likewise.
+    fn unzip(self, other: Self) -> [Self; 2];
+    /// Asks for the cache line at `at`, which may lie anywhere, where the level has an instruction for it.
+    #[inline(always)]
+    fn prefetch<T>(_at: *const T) {}
+
     /// `self + other`.
     fn add(self, other: Self) -> Self;
     /// `self − other`.
@@ -124,6 +130,24 @@ pub(crate) trait Vector: Copy {
     fn dot(self, x: Self, b: Self) -> Self {
         plain::dot(self, x, b)
     }
+}
+
+/// The sum of the lanes of each of `x[..n]`, in the first n lanes. n is a power of two, at most `LANES`.
+///
+/// Neighbours are added, of two vectors at once, until they are all one.
+#[inline(always)]
+pub(crate) fn lane_sums<V: Vector>(mut x: [V; MAX_LANES], n: usize) -> V {
+    let (mut vectors, mut lanes) = (n, V::LANES);
+    while lanes > 1 {
+        let last = vectors - 1;
+        vectors = vectors.div_ceil(2);
+        for i in 0..vectors {
+            let [even, odd] = x[2 * i].unzip(x[last.min(2 * i + 1)]);
+            x[i] = even.add(odd);
+        }
+        lanes /= 2;
+    }
+    x[0]
 }
 
 /// 2ˣ for x ≤ 0 within 2 ulp: 1 for 0, 0 for −∞, NaN for NaN, correctly rounded subnormals. Not for x > 127.
@@ -175,7 +199,7 @@ pub(crate) fn sigma<V: Vector>(x: V) -> V {
 
 #[cfg(test)]
 mod tests {
-    use super::{Body, Vector, exp, exp2, plain, sigma};
+    use super::{Body, MAX_LANES, Vector, exp, exp2, lane_sums, plain, sigma};
     use crate::Isa;
 
     /// Functions of one number, in every lane.
@@ -270,6 +294,18 @@ mod tests {
             for (i, j) in (0..V::LANES).flat_map(|i| (0..V::LANES).map(move |j| (i, j))) {
                 assert_eq!(t[j * (V::LANES + 3) + i], x[i * V::LANES + j]);
             }
+            for n in [1, 2, 4, 8, 16].into_iter().filter(|n| *n <= V::LANES) {
+                let mut rows = [V::splat(f32::NAN); MAX_LANES];
+                for i in 0..n {
+                    rows[i] = V::load(&x[i * V::LANES..]);
+                }
+                let mut sums = [0.0; MAX_LANES];
+                lane_sums(rows, n).store(&mut sums);
+                for i in 0..n {
+                    assert_eq!(sums[i], x[i * V::LANES..][..V::LANES].iter().sum::<f32>());
+                }
+            }
+            V::prefetch(std::ptr::null::<f32>());
             let lanes = |v: V| {
                 let mut out = vec![0.0; V::LANES];
                 v.store(&mut out);

@@ -30,6 +30,35 @@ pub(crate) struct Piece {
 }
 
 impl Piece {
+    /// Tokens `rows` of a span, counted from its first, block by block.
+    pub fn of_rows(shape: &Shape, span: Span, rows: Range<usize>) -> impl Iterator<Item = Piece> {
+        let block_len = shape.block_len() as u64;
+        let mut first = rows.start;
+        std::iter::from_fn(move || {
+            let position = span.start + first as u64;
+            let block = position / block_len * block_len;
+            let i = (block / block_len - span.start / block_len) as usize;
+            let tokens = rows.end.saturating_sub(first).min((block + block_len - position) as usize);
+            let piece = Piece { span, i, block, first, tokens, is_memory: false };
+            first += tokens;
+            (tokens > 0).then_some(piece)
+        })
+    }
+
+    /// Memory rows `rows` of the span's block `i`.
+    pub fn of_memory(shape: &Shape, span: Span, i: usize, rows: Range<usize>) -> Piece {
+        let block_len = shape.block_len() as u64;
+        let block = (span.start / block_len + i as u64) * block_len;
+        Piece { span, i, block, first: rows.start, tokens: rows.len(), is_memory: true }
+    }
+
+    /// Row `r` of a stream and kv head, in the tensors of its kind.
+    #[inline(always)]
+    pub fn at(&self, shape: &Shape, [n, kv_head]: [usize; 2], r: usize) -> [usize; 4] {
+        let group = shape.group();
+        [n, if self.is_memory { self.i } else { 0 }, self.first + r / group, kv_head * group + r % group]
+    }
+
     /// Keys of window and current block that token `t` of the piece sees, counted from the block's start.
     fn visible(&self, t: usize, shape: &Shape) -> Range<i64> {
         let from_block = |position: u64| position.wrapping_sub(self.block).cast_signed();
@@ -80,7 +109,7 @@ pub(crate) struct KeyTile<'a, T> {
 
 impl<T> KeyTile<'_, T> {
     /// Keys of the tile that token `t` of the piece sees.
-    fn visible(&self, t: usize) -> Range<usize> {
+    pub fn visible(&self, t: usize) -> Range<usize> {
         let keys = self.memory.clone().unwrap_or_else(|| self.piece.visible(t, self.shape));
         let count = (self.range.end - self.range.start) as i64;
         let in_tile = |key: i64| (key - self.first).clamp(0, count) as usize;
@@ -162,6 +191,24 @@ impl Seen {
     }
 }
 
+/// Keys of window, memory and own block that some row of the piece sees: from where tiles begin to one past the last, counted from the
+/// block's start, and those of the memory from its first row.
+fn segments<T: Element>(shape: &Shape, mem: Option<&Cache<'_, T>>, piece: &Piece) -> [Range<i64>; 3] {
+    let (first, end) = (piece.visible(0, shape).start, piece.visible(piece.tokens - 1, shape).end);
+    let step = BLOCK_N as i64;
+    let window = -(-first.min(0) as u64).next_multiple_of(BLOCK_N as u64).cast_signed()..end.min(0);
+    let memory = if mem.is_some() { i64::from(piece.span.mem_rows) } else { 0 };
+    let all = mutate!("attend-mem-rows-all", memory, mem.map_or(0, |mem| mem.rows_per_entry().min(shape.mem_len()) as i64));
+    let memory = mutate!("attend-mem-rows-short", all, (all - 1).max(0));
+    let own = first.max(0) / step * step..mutate!("attend-partial-tile", end, if end > step { end / step * step } else { end });
+    [window, 0..memory, own]
+}
+
+/// Tiles that [`walk`] visits.
+pub(crate) fn tiles<T: Element>(shape: &Shape, mem: Option<&Cache<'_, T>>, piece: &Piece) -> usize {
+    segments(shape, mem, piece).into_iter().map(|keys| ((keys.end - keys.start).max(0) as usize).div_ceil(BLOCK_N)).sum()
+}
+
 /// What is done with each tile of keys. No closure: see [`crate::vector::Body`].
 pub(crate) trait Visit<T> {
     /// Does it, `#[inline(always)]`.
@@ -180,23 +227,18 @@ pub(crate) fn walk<V: Vector, T: Element>(
 ) {
     let span = &piece.span;
     let kv_head = mutate!("attend-gqa", kv_head, kv_head * shape.group() % shape.kv_heads());
-    let (first, end) = (piece.visible(0, shape).start, piece.visible(piece.tokens - 1, shape).end);
     let slot = mutate!("attend-slot", span.slot as usize, 0);
     let origin = mutate!("attend-origin", span.origin, if keys.is_ring() { 0 } else { span.origin });
     // Number of the row of the block's first key. Arithmetic with it wraps, since a block may begin before the origin.
     let (tokens, block) = ((keys, [slot, 0, kv_head]), piece.block.wrapping_sub(origin));
     let memory = mem.map(|mem| {
-        let count = mutate!("attend-mem-rows-all", span.mem_rows as usize, mem.rows_per_entry().min(shape.mem_len())) as i64;
-        let count = mutate!("attend-mem-rows-short", count, (count - 1).max(0));
         let i = mutate!("attend-next-memory", piece.i, piece.i + 1);
         let entry = (u64::from(span.mem_entry) + i as u64) % mem.entries() as u64;
-        ((mem, [slot, entry as usize, kv_head]), 0..count)
+        (mem, [slot, entry as usize, kv_head])
     });
 
-    let step = BLOCK_N as i64;
-    let window = -(-first.min(0) as u64).next_multiple_of(BLOCK_N as u64).cast_signed()..end.min(0);
-    let own = first.max(0) / step * step..mutate!("attend-partial-tile", end, if end > step { end / step * step } else { end });
-    let mem = memory.iter().map(|(cache, keys)| (cache, 0, keys.clone(), Some(keys)));
+    let ([window, memory_keys, own], step) = (segments(shape, mem, piece), BLOCK_N as i64);
+    let mem = memory.iter().map(|cache| (cache, 0, memory_keys.clone(), Some(&memory_keys)));
     for ((cache, at), row, keys, memory) in
         [(&tokens, block, window, None)].into_iter().chain(mem).chain([(&tokens, block, own, None)])
     {

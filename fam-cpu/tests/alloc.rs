@@ -45,7 +45,7 @@ impl Executor for Inline {
 
 fn main() {
     let (n, len, h, kv, d, f, b) = (2, 20, 4, 2, 32, 3, 16);
-    let builder = Shape::builder().heads(h).kv_heads(kv).head_dim(d).block_len(b).window(Window::Blocks(1)).mem_len(f);
+    let builder = Shape::builder().heads(h).kv_heads(kv).head_dim(d).block_len(b).window(Window::Blocks(16)).mem_len(f);
     let shape = builder.infini(InfiniRule::Delta).build().unwrap();
     let cpu = Cpu::new().unwrap().with_threads(3);
     let spec = shape.spec(n, len).blocks(2).ops(&Op::FORWARD).build().unwrap();
@@ -59,7 +59,8 @@ fn main() {
     let tokens = |heads, d| Layout::tokens(fam_core::Dtype::F32, [n, len, heads, d]);
     let memory = |heads| Layout::packed(fam_core::Dtype::F32, [n, 2, f, heads, d]);
     let per_head = View::of(&x, Layout::per_head(h));
-    let spans = [Span::new(1, 0, len as u32).with_mem_rows(3), Span::new(0, 3, 2)];
+    // A prefill, and a decode whose keys several tasks share.
+    let spans = [Span::new(1, 0, len as u32).with_mem_rows(3), Span::new(0, 203, 2)];
     let pool = Pool::new(3).unwrap();
 
     let queues = [Par::Serial, Par::Pool(&pool), Par::Caller(&Inline), Par::Slice { ith: 0, nth: 2, phase: 0 }];

@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::{Stream, shape};
-use fam_core::{Backend, Dtype, Element, Op, Plan, Window, bf16};
-use fam_cpu::{Cpu, Isa, Par};
+use common::{Outputs, Stream, shape};
+use fam_core::{Backend, Dtype, Element, Op, Plan, Span, Window, bf16};
+use fam_cpu::{Cpu, FEW_ROWS, Isa, Par};
 
 /// (heads, head_dim, block_len, window, mem_len, tokens, origin).
 type Case = ([usize; 2], usize, usize, Window, usize, usize, u64);
@@ -57,19 +57,40 @@ fn levels() -> impl Iterator<Item = Cpu> {
     Isa::ALL.into_iter().filter_map(|isa| Cpu::new().unwrap().with_isa(isa).ok())
 }
 
+/// The bits of each token in a span of more than few rows.
+fn of_many_rows(outputs: &Outputs, stream: &Stream<impl Element>, spans: &[Span]) -> Vec<Option<Vec<u32>>> {
+    let (h, d, group) = (stream.shape.heads(), stream.shape.head_dim(), stream.shape.group());
+    let mut tokens = vec![None; stream.len];
+    for span in spans.iter().filter(|span| span.len as usize * group > FEW_ROWS) {
+        for t in (span.start - stream.origin) as usize..(span.end() - stream.origin) as usize {
+            let (o, lse) = (&outputs.o[t * h * d..][..h * d], &outputs.lse[t * h..][..h]);
+            tokens[t] = Some(o.iter().chain(lse).map(|x| x.to_bits()).collect());
+        }
+    }
+    tokens
+}
+
 fn steps_are_prefill<T: Element>() {
     for (cpu, stream) in levels().flat_map(|cpu| cases::<T>().map(move |stream| (cpu, stream))) {
-        let bits = stream.prefill(&cpu, &mut Par::Serial).bits();
+        let prefill = stream.prefill(&cpu, &mut Par::Serial);
+        let many = of_many_rows(&prefill, &stream, &[stream.span()]);
         // f16 changes packing alone; bf16 may have products of its own.
-        let lens: &[usize] = if T::DTYPE == Dtype::F16 { &[3] } else { &[1, 3, 1 << 16] };
+        let lens: &[usize] = if T::DTYPE == Dtype::F16 { &[3, 19] } else { &[1, 3, 19, 1 << 16] };
         for &len in lens {
-            assert!(stream.stepwise(&cpu, &mut Par::Serial, len).bits() == bits, "{:?} in steps of {len}", stream.shape);
+            let steps = stream.stepwise(&cpu, &mut Par::Serial, len);
+            let what = format!("{}, {:?} in steps of {len}", cpu.isa(), stream.shape);
+            let many_of_steps = of_many_rows(&steps, &stream, &stream.steps(len));
+            for (step, prefill) in many_of_steps.iter().zip(&many) {
+                assert!(step.is_none() || prefill.is_none() || step == prefill, "{what}");
+            }
+            let mem = |o: &Outputs| [&o.mem_o, &o.mem_lse].map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+            assert!(mem(&steps) == mem(&prefill), "memory rows of {what}");
         }
     }
 }
 
 #[test]
-fn step_prefill_and_decode_have_the_same_bits() {
+fn steps_of_more_than_few_rows_have_the_bits_of_a_prefill() {
     each_dtype!(steps_are_prefill);
 }
 
@@ -98,14 +119,20 @@ fn nan_reaches_the_rows_that_see_it() {
 }
 
 fn nan_reaches_the_rows<T: Element>(cpu: Cpu) {
+    nan_reaches_the_rows_of::<T>(|stream| stream.prefill(&cpu, &mut Par::Serial));
+    // Few rows at once, some of which see keys that others do not.
+    nan_reaches_the_rows_of::<T>(|stream| stream.stepwise(&cpu, &mut Par::Serial, 4));
+}
+
+fn nan_reaches_the_rows_of<T: Element>(run: impl Fn(&Stream<T>) -> Outputs) {
     let mut stream = Stream::<T>::new(shape([2, 1], 16, 70, Window::Blocks(1), 3, T::DTYPE), 350, 0);
     let [nan, infinity] = [f32::NAN, f32::INFINITY].map(T::from_f32);
-    let clean = stream.prefill(&cpu, &mut Par::Serial);
+    let clean = run(&stream);
     for at in [0, 75, 139, 140, 349] {
         let (k, v) = (stream.k[at * 16], stream.v[at * 16 + 3]);
         for (dirty_k, dirty_v) in [(nan, v), (k, infinity), (infinity, v)] {
             (stream.k[at * 16], stream.v[at * 16 + 3]) = (dirty_k, dirty_v);
-            let dirty = stream.prefill(&cpu, &mut Par::Serial);
+            let dirty = run(&stream);
             for (row, (dirty, clean)) in dirty.o.chunks(32).zip(clean.o.chunks(32)).enumerate() {
                 let sees = row >= at && row / 70 <= at / 70 + 1;
                 assert_eq!(sees, dirty != clean, "row {row}, key {at}");

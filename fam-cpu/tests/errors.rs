@@ -26,7 +26,7 @@ fn plans_say_what_they_are() {
     let plan = cpu.plan(&small.spec(1, 16).slots(3).build().unwrap()).unwrap();
     let id = plan.support().kernel(Op::Attend).unwrap();
     assert_eq!(id, KernelId { backend: "cpu", op: Op::Attend, dtype: Dtype::Bf16, variant: "scalar" });
-    assert_eq!((id.to_string().as_str(), plan.support().phases(Op::Attend)), ("cpu-attend-bf16-scalar", 1));
+    assert_eq!((id.to_string().as_str(), plan.support().phases(Op::Attend)), ("cpu-attend-bf16-scalar", 2));
     assert_eq!(plan.support().ring_bytes, 3 * 2 * 2 * 32 * 256 * 2);
     assert_eq!(plan.support().kernel(Op::Merge), None);
 
@@ -44,7 +44,7 @@ fn slices_must_exist() {
     let mut scratch = vec![0; plan.support().scratch_bytes as usize];
     let (spans, mut o) = ([Span::new(0, 0, 4)], vec![7.0f32; 32]);
     let x = View::tokens(&stream.k, [1, 4, 1, 8]);
-    for (ith, nth, phase, named) in [(0, 0, 0, "slice.nth"), (2, 2, 0, "slice.ith"), (0, 1, 1, "slice.phase")] {
+    for (ith, nth, phase, named) in [(0, 0, 0, "slice.nth"), (2, 2, 0, "slice.ith"), (0, 1, 2, "slice.phase")] {
         let mut queue = Par::Slice { ith, nth, phase };
         let rows = Rows::new(x, ViewMut::tokens(&mut o, [1, 4, 1, 8]));
         let attend = Attend::new(Spans::Host(&spans), Keys::Strided { k: x, v: x }).rows(rows);

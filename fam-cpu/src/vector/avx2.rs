@@ -105,6 +105,23 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
+    fn unzip(self, other: Self) -> [Self; 2] {
+        simd!({
+            // Within the halves of a register, whose quarters are then put in order.
+            let even = _mm256_castps_pd(_mm256_shuffle_ps::<0x88>(self.0, other.0));
+            let odd = _mm256_castps_pd(_mm256_shuffle_ps::<0xdd>(self.0, other.0));
+            [
+                Avx2(_mm256_castpd_ps(_mm256_permute4x64_pd::<0xd8>(even))),
+                Avx2(_mm256_castpd_ps(_mm256_permute4x64_pd::<0xd8>(odd))),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn prefetch<T>(at: *const T) {
+        simd!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
+    }
+
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         Avx2(simd!(_mm256_add_ps(self.0, other.0)))
     }

@@ -131,6 +131,19 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn unzip(self, other: Self) -> [Self; 2] {
+        simd!({
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+            [Avx512(_mm512_permutex2var_ps(self.0, even, other.0)), Avx512(_mm512_permutex2var_ps(self.0, odd, other.0))]
+        })
+    }
+    #[inline(always)]
+    fn prefetch<T>(at: *const T) {
+        simd!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
+    }
+
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         Avx512(simd!(_mm512_add_ps(self.0, other.0)))
     }

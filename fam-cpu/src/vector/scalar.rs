@@ -63,6 +63,12 @@ impl Vector for Scalar {
     }
 
     #[inline(always)]
+    fn unzip(self, other: Self) -> [Self; 2] {
+        let lane = |i: usize| if i < 8 { self.0[i] } else { other.0[i - 8] };
+        [0, 1].map(|odd| Scalar(std::array::from_fn(|i| lane(2 * i + odd))))
+    }
+
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         self.zip(other, |a, b| a + b)
     }

@@ -87,6 +87,11 @@ impl<T: Element> Stream<T> {
 
     /// Calls of `len` tokens at most, cut at block boundaries, through the ring. Memory rows run in calls that complete their block.
     pub fn stepwise(&self, cpu: &Cpu, par: &mut Par<'_>, len: usize) -> Outputs {
+        self.calls(cpu, par, &self.steps(len), true)
+    }
+
+    /// The spans of those calls.
+    pub fn steps(&self, len: usize) -> Vec<Span> {
         let (b, mut spans, mut at) = (self.shape.block_len() as u64, vec![], self.origin);
         let end = self.origin + self.len as u64;
         while at < end {
@@ -97,7 +102,7 @@ impl<T: Element> Stream<T> {
             spans.push(span);
             at = next;
         }
-        self.calls(cpu, par, &spans, true)
+        spans
     }
 
     fn calls(&self, cpu: &Cpu, par: &mut Par<'_>, spans: &[Span], ring: bool) -> Outputs {
