@@ -7,8 +7,8 @@
 //! ```
 //!
 //! in tiles of `BLOCK_N` keys. Window tiles are counted back from the block's start, those of the current block forward from it. So which
-//! keys share a tile depends on their distance to the row's block alone: a row's arithmetic is the same in a step, a prefill and a
-//! decode, in any batch, slot, cache or tile of rows, and so are its bits.
+//! keys share a tile depends on their distance to the row's block alone: a row's arithmetic is the same in a step and a prefill, in any
+//! batch, slot, cache or tile of rows, and so are its bits.
 
 use crate::memory::{Cache, HeadRows};
 use crate::tile::{BLOCK_N, MAX_MR, MAX_WIDTH};
