@@ -62,9 +62,10 @@ fn of_many_rows(outputs: &Outputs, stream: &Stream<impl Element>, spans: &[Span]
     let (h, d, group) = (stream.shape.heads(), stream.shape.head_dim(), stream.shape.group());
     let mut tokens = vec![None; stream.len];
     for span in spans.iter().filter(|span| span.len as usize * group > FEW_ROWS) {
-        for t in (span.start - stream.origin) as usize..(span.end() - stream.origin) as usize {
+        let first = (span.start - stream.origin) as usize;
+        for (t, token) in tokens.iter_mut().enumerate().skip(first).take(span.len as usize) {
             let (o, lse) = (&outputs.o[t * h * d..][..h * d], &outputs.lse[t * h..][..h]);
-            tokens[t] = Some(o.iter().chain(lse).map(|x| x.to_bits()).collect());
+            *token = Some(o.iter().chain(lse).map(|x| x.to_bits()).collect());
         }
     }
     tokens

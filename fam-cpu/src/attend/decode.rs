@@ -208,7 +208,7 @@ impl<'a, 's, T: Convert> Few<'a, 's, T> {
                     pack::row::<V, T>(of_k.get(t), &mut k_rows[i * dp..][..dp]);
                     pack::row::<V, T>(of_v.get(t), &mut v_rows[i * dp..][..dp]);
                 }
-                let [k, v] = [k_rows, v_rows].map(|data| Run { data: &**data, stride: dp });
+                let [k, v] = [k_rows, v_rows].map(|data| Run { data, stride: dp });
                 V::run(RowsOverTile { rows, k, v, keys, width: d.next_multiple_of(V::LANES) });
             }
         }

@@ -213,8 +213,7 @@ impl<E: Convert> RowsOverTile<'_, E> {
                 all[i * R + j] = sum[i][j];
             }
         }
-        let mut logits = [0.0; MAX_LANES];
-        lane_sums(all, K * R).store(&mut logits);
+        let logits = lane_sums(all, K * R);
         for i in 0..K {
             self.rows.s[block.s + (t - block.keys[0] + i) * V::LANES..][..R].copy_from_slice(&logits[i * R..][..R]);
         }

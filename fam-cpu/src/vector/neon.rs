@@ -108,6 +108,11 @@ impl Vector for Neon {
     }
 
     #[inline(always)]
+    fn unzip(self, other: Self) -> [Self; 2] {
+        simd!([Neon(vuzp1q_f32(self.0, other.0)), Neon(vuzp2q_f32(self.0, other.0))])
+    }
+
+    #[inline(always)]
     fn add(self, other: Self) -> Self {
         Neon(simd!(vaddq_f32(self.0, other.0)))
     }
