@@ -8,10 +8,10 @@ use fam_testkit::{
     Case, CaseFile, Filter, Harness, Mode, Reference, case_file, case_seed, endless, read_outputs, replay, write_outputs,
 };
 
-/// Replays in every mode; each is right, and all give the same bits. Returns the worst share of a bound.
+/// Replays in every mode, each of which is right. (Which of them give the same bits is for the backend's own tests.) Returns the worst share of a
+/// bound.
 fn all_modes(name: &str, case: &CaseFile, h: &CpuHarness) -> f64 {
     let reference = Reference::new(case).unwrap();
-    let mut first = None;
     let mut worst = 0f64;
     for mode in Mode::ALL {
         let outputs = replay(h, case, mode).unwrap_or_else(|e| panic!("{name} {mode}: {e}"));
@@ -19,10 +19,6 @@ fn all_modes(name: &str, case: &CaseFile, h: &CpuHarness) -> f64 {
         assert!(verdict.wrong.is_none(), "{name} {mode}: {:?}", verdict.wrong);
         assert!(verdict.compared > 0, "{name} {mode}");
         worst = worst.max(verdict.worst_ratio());
-        match &first {
-            None => first = Some(outputs),
-            Some(first) => assert_eq!(first, &outputs, "{name}: {mode} gives other bits than {}", Mode::ALL[0]),
-        }
     }
     worst
 }
