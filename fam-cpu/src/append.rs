@@ -4,8 +4,7 @@
 //! are: kv_dtype is the shape's dtype.
 
 use crate::CpuPlan;
-use crate::memory::{Cache, Input, ring_layout};
-use crate::pack::{Convert, with_element};
+use crate::memory::{Cache, Elements, Input, ring_layout};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, check_whole, run};
 use crate::span::SpanSource;
@@ -17,10 +16,6 @@ const ROWS: usize = 64;
 /// [`fam_core::Backend::append`].
 pub(crate) fn append(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    with_element!(plan, T => typed::<T>(plan, par, args, scratch))
-}
-
-fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     let spec = plan.spec();
     let (block_len, ring_rows) = (spec.shape().block_len(), spec.ring_rows() as u64);
     let spans = SpanSource::new(args.spans, spec, None, args.mem_rows.is_some());
@@ -28,14 +23,14 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scra
         Some(AppendRows { k, v, ring }) => {
             let owner = Owner::Ring { rows: ROWS, capacity: spec.ring_rows() };
             let ring = Output::new(ViewMut::new(ring, ring_layout(spec)), owner);
-            Some((Input::<T>::new(&k), Input::<T>::new(&v), ring))
+            Some((Input::new(&k), Input::new(&v), ring))
         }
         None => None,
     };
     let mem_rows = match args.mem_rows {
         Some(AppendMem { k, v, to_k, to_v }) => {
             let (to_k, to_v) = (Output::new(to_k, Owner::First), Output::new(to_v, Owner::First));
-            Some((Input::<T>::new(&k), Input::<T>::new(&v), to_k, to_v))
+            Some((Input::new(&k), Input::new(&v), to_k, to_v))
         }
         None => None,
     };
@@ -59,7 +54,7 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scra
                 let to = ((span.start - span.origin + row as u64) % ring_rows) as usize;
                 for (half, from) in [k, v].into_iter().enumerate() {
                     for head in 0..kv_heads {
-                        ring.row(task, [slot, half, to, head]).copy_from_slice(from.row([n, 0, row, head]));
+                        ring.copy(task, [slot, half, to, head], from.row([n, 0, row, head]));
                     }
                 }
             }
@@ -68,8 +63,8 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: Append<'_, [u8]>, scra
             for i in 0..span.blocks(block_len).max(1) {
                 let entry = |to: &Output<'_>| ((u64::from(span.mem_entry) + i as u64) % to.layout().shape[1] as u64) as usize;
                 for (f, head) in (0..span.mem_rows as usize).flat_map(|f| (0..kv_heads).map(move |head| (f, head))) {
-                    to_k.row(task, [slot, entry(to_k), f, head]).copy_from_slice(k.row([n, i, f, head]));
-                    to_v.row(task, [slot, entry(to_v), f, head]).copy_from_slice(v.row([n, i, f, head]));
+                    to_k.copy(task, [slot, entry(to_k), f, head], k.row([n, i, f, head]));
+                    to_v.copy(task, [slot, entry(to_v), f, head], v.row([n, i, f, head]));
                 }
             }
         }
@@ -83,19 +78,9 @@ pub(crate) fn read_ring(plan: &CpuPlan, par: &Par<'_>, args: ReadRing<'_, [u8]>)
     let (spec, keys) = (plan.spec(), Keys::Ring(args.ring));
     let spans = SpanSource::new(args.spans, spec, Some(&keys), false);
     let ReadRing { k, v, .. } = args;
-    with_element!(plan, T => read_typed::<T>(plan, spans, &keys, k, v))
-}
-
-fn read_typed<T: Convert>(
-    plan: &CpuPlan,
-    spans: SpanSource<'_>,
-    keys: &Keys<'_, [u8]>,
-    k: ViewMut<'_, [u8]>,
-    v: ViewMut<'_, [u8]>,
-) -> Result<()> {
-    let cache = Cache::<T>::tokens(keys, plan.spec())?;
+    let cache = Cache::tokens(&keys, spec)?;
     for (n, span) in (0..spans.batch()).map(|n| (n, spans.get(n))) {
-        for head in 0..plan.spec().shape().kv_heads() {
+        for head in 0..spec.shape().kv_heads() {
             let (from_k, from_v) = cache.rows([span.slot as usize, 0, head]);
             for row in 0..span.len as usize {
                 let index = span.start - span.origin + row as u64;
@@ -108,7 +93,7 @@ fn read_typed<T: Convert>(
 }
 
 /// Copies a row to element `first` of `to`.
-fn copy<T: Convert>(from: &[T], to: &mut [u8], first: usize) {
-    let bytes: &[u8] = bytemuck::cast_slice(from);
-    to[first * size_of::<T>()..][..bytes.len()].copy_from_slice(bytes);
+fn copy(from: Elements<'_>, to: &mut [u8], first: usize) {
+    let bytes = from.bytes();
+    to[first * (bytes.len() / from.len())..][..bytes.len()].copy_from_slice(bytes);
 }

@@ -18,10 +18,10 @@ mod rows;
 use crate::CpuPlan;
 use crate::infini_read::State;
 use crate::memory::{Cache, Input};
-use crate::pack::{self, Convert, Form, Rows, with_element};
+use crate::pack::{self, Form, Rows};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Phase, Task, run_phase, shared};
-use crate::product::Pair;
+use crate::product::{Factor, Pair};
 use crate::softmax::Softmax;
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_SPLITS, MAX_WIDTH, Splits, Tile, carve};
@@ -29,10 +29,11 @@ use crate::vector::{Body, Vector};
 use crate::walk::{KeyTile, Piece, Visit, walk};
 use bytemuck::cast_slice;
 pub(crate) use decode::scratch as scratch_of_few;
-use decode::{Few, JoinSplits};
-use fam_core::{Attend, Plan, Result, Shape, View, ViewMut, bf16, mutate};
+use decode::{FewRows, JoinSplits};
+use fam_core::{Attend, Plan, Result, Shape, Span, View, ViewMut, mutate};
 use panel::PanelOverTile;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Sizes of a worker's buffers, in the order of [`Buffers`].
 pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 11] {
@@ -45,19 +46,11 @@ pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 11] {
 /// [`fam_core::Backend::attend`].
 pub(crate) fn attend(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    if plan.isa.pairs().contains(&plan.spec().shape().dtype()) {
-        return typed::<bf16, Pair>(plan, par, args, scratch);
-    }
-    with_element!(plan, T => typed::<T, f32>(plan, par, args, scratch))
-}
-
-/// On elements `T` in products of `F`.
-fn typed<T: Convert, F: Form<T>>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     let spec = plan.spec();
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, Some(&args.keys), args.mem.is_some());
     let tile = plan.tile;
-    let (keys, mem) = (Cache::<T>::tokens(&args.keys, spec)?, args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)));
+    let (keys, mem) = (Cache::tokens(&args.keys, spec)?, args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)));
     let splits = Splits::of_task(spans.batch() * shape.kv_heads(), plan.threads);
     // Tasks of a head that has more splits than one takes.
     let parts = match &args.rows {
@@ -72,15 +65,15 @@ fn typed<T: Convert, F: Form<T>>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_,
     let kernel = Kernel {
         shape,
         tile,
-        rows: args.rows.map(|r| RowGroup::<T>::new(r, owner(row_tiles, 0))),
+        rows: args.rows.map(|r| RowGroup::new(r, owner(row_tiles, 0))),
         mem_rows: args.mem_rows.map(|r| RowGroup::new(r, owner(mem_tiles, row_tiles))),
         row_tiles,
         mem_tiles,
         splits,
         keys,
         mem,
-        sink: args.sink.as_ref().map(Input::<f32>::new),
-        infini: args.infini.as_ref().map(State::<T>::new),
+        sink: args.sink.as_ref().map(Input::new),
+        infini: args.infini.as_ref().map(State::new),
         o_local: args.o_local.map(|view| Output::new(view, owner(row_tiles, 0))),
         sign: if scale == 0.0 { 0.0 } else { scale.signum() },
         unit: if scale == 0.0 { 1.0 } else { scale.abs() },
@@ -90,8 +83,16 @@ fn typed<T: Convert, F: Form<T>>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_,
     let (bytes, scratch) = shared(scratch, plan.shared);
     let layout = decode::partials(spec, spans.batch());
     let partials = (parts > 1).then(|| Output::new(ViewMut::new(&mut *bytes, layout), decode::owner(spec, splits, parts)));
+    let in_pairs = plan.isa.pairs().contains(&shape.dtype());
     run_phase(par, Phase { number: 0, of: 2 }, &grid, scratch, plan.share, &|task, scratch| {
-        F::run(plan.isa, TileOfRows { kernel: &kernel, partials: partials.as_ref(), task, scratch, factors: PhantomData::<F> });
+        let Some(job) = kernel.job(task) else { return };
+        if job.is_few {
+            plan.isa.run(FewRows { kernel: &kernel, job, partials: partials.as_ref(), task, scratch });
+        } else if in_pairs {
+            Pair::run(plan.isa, TileOfRows { kernel: &kernel, job, task, scratch, factors: PhantomData::<Pair> });
+        } else {
+            plan.isa.run(TileOfRows { kernel: &kernel, job, task, scratch, factors: PhantomData::<f32> });
+        }
     })?;
     if parts == 1 {
         return Ok(());
@@ -104,20 +105,20 @@ fn typed<T: Convert, F: Form<T>>(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_,
 }
 
 /// What all tasks share.
-struct Kernel<'a, T> {
+struct Kernel<'a> {
     shape: &'a Shape,
     tile: Tile,
-    rows: Option<RowGroup<'a, T>>,
-    mem_rows: Option<RowGroup<'a, T>>,
+    rows: Option<RowGroup<'a>>,
+    mem_rows: Option<RowGroup<'a>>,
     /// Tiles of block rows; then come `mem_tiles` of each block's memory rows.
     row_tiles: usize,
     mem_tiles: usize,
     /// Splits of few block rows' keys that a task takes: tile i of such a stream is the i-th of these.
     splits: usize,
-    keys: Cache<'a, T>,
-    mem: Option<Cache<'a, T>>,
-    sink: Option<Input<'a, f32>>,
-    infini: Option<State<'a, T>>,
+    keys: Cache<'a>,
+    mem: Option<Cache<'a>>,
+    sink: Option<Input<'a>>,
+    infini: Option<State<'a>>,
     /// The block rows' output before the gate.
     o_local: Option<Output<'a>>,
     /// The scale is `sign` · `unit`. The sign goes into q, where it costs nothing and is exact, so that the largest product is the largest
@@ -127,13 +128,13 @@ struct Kernel<'a, T> {
 }
 
 /// Block rows or memory rows.
-struct RowGroup<'a, T> {
-    q: Input<'a, T>,
+struct RowGroup<'a> {
+    q: Input<'a>,
     o: Output<'a>,
     lse: Option<Output<'a>>,
 }
 
-impl<'a, T: Convert> RowGroup<'a, T> {
+impl<'a> RowGroup<'a> {
     fn new(rows: fam_core::Rows<'a, [u8]>, owner: Owner) -> Self {
         let lse = rows.lse.map(|view| Output::new(view, owner));
         RowGroup { q: Input::new(&rows.q), o: Output::new(rows.o, owner), lse }
@@ -165,71 +166,79 @@ struct Buffers<'s> {
 }
 
 impl<'s> Buffers<'s> {
-    fn new<T>(kernel: &Kernel<'_, T>, scratch: &'s mut [f32]) -> Self {
+    fn new(kernel: &Kernel<'_>, scratch: &'s mut [f32]) -> Self {
         let [q, acc, k, v, s, stage, states, ranges, sigma_q, read, m] = carve(scratch, self::scratch(kernel.shape, kernel.tile));
         Buffers { q, acc, k, v, s, stage, states, ranges, sigma_q, read, m }
     }
 }
 
+/// The rows of a task: tokens of its stream, or memory rows of a block.
+struct Job<'a> {
+    rows: &'a RowGroup<'a>,
+    is_few: bool,
+    tokens: Range<usize>,
+    memory: Option<Piece>,
+}
+
+impl Job<'_> {
+    /// The rows, cut at block boundaries.
+    fn pieces(&self, shape: &Shape, span: Span) -> impl Iterator<Item = Piece> {
+        Piece::of_rows(shape, span, self.tokens.clone()).chain(self.memory.clone())
+    }
+}
+
+impl<'a> Kernel<'a> {
+    fn job(&'a self, task: &Task) -> Option<Job<'a>> {
+        let (shape, span, tokens) = (self.shape, task.span(), self.tile.tokens);
+        let Some(mem_tile) = task.tile().checked_sub(self.row_tiles) else {
+            let (len, first) = (span.len as usize, task.tile() * tokens);
+            let is_few = Tile::is_few(shape, len);
+            let tokens = if is_few { 0..len } else { first..len.min(first + tokens) };
+            return Some(Job { rows: self.rows.as_ref()?, is_few, tokens, memory: None });
+        };
+        let (i, first) = (mem_tile / self.mem_tiles, mem_tile % self.mem_tiles * tokens);
+        let memory = Piece::of_memory(shape, span, i, first..shape.mem_len().min(first + tokens));
+        let job = Job {
+            rows: self.mem_rows.as_ref()?,
+            is_few: Tile::is_few(shape, shape.mem_len()),
+            tokens: 0..0,
+            memory: Some(memory),
+        };
+        (i < span.blocks(shape.block_len())).then_some(job)
+    }
+}
+
 /// A task on its worker.
-struct TileOfRows<'a, 's, T, F> {
-    kernel: &'a Kernel<'a, T>,
-    /// What splits leave, where a head has several tasks.
-    partials: Option<&'a Output<'a>>,
+struct TileOfRows<'a, 's, F> {
+    kernel: &'a Kernel<'a>,
+    job: Job<'a>,
     task: &'s mut Task,
     scratch: &'s mut [f32],
     factors: PhantomData<F>,
 }
 
-impl<T: Convert, F: Form<T>> Body for TileOfRows<'_, '_, T, F> {
+impl<F: Form> Body for TileOfRows<'_, '_, F> {
     type Output = ();
 
-    /// The tile's rows, cut at block boundaries.
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        let TileOfRows { kernel, partials, task, scratch, .. } = self;
-        let (shape, tile, span) = (kernel.shape, kernel.tile, task.span());
-        let (row_tile, mem_tile) = (task.tile(), task.tile().checked_sub(kernel.row_tiles));
-        if let (None, Some(rows)) = (mem_tile, &kernel.rows) {
-            let len = span.len as usize;
-            if Tile::is_few(shape, len) {
-                let splits = row_tile * kernel.splits..(row_tile + 1) * kernel.splits;
-                let mut few = Few::new(kernel, rows, partials, scratch);
-                for piece in Piece::of_rows(shape, span, 0..len) {
-                    few.piece::<V>(task, &piece, splits.clone());
-                }
-            } else {
-                let mut buffers = Buffers::new(kernel, scratch);
-                let first = row_tile * tile.tokens;
-                for piece in Piece::of_rows(shape, span, first..len.min(first + tile.tokens)) {
-                    kernel.piece::<V, F>(task, &piece, rows, &mut buffers);
-                }
-            }
-        }
-        if let (Some(mem_tile), Some(rows)) = (mem_tile, &kernel.mem_rows) {
-            let (i, first) = (mem_tile / kernel.mem_tiles, mem_tile % kernel.mem_tiles * tile.tokens);
-            if i >= span.blocks(shape.block_len()) {
-                return;
-            }
-            let piece = Piece::of_memory(shape, span, i, first..shape.mem_len().min(first + tile.tokens));
-            if Tile::is_few(shape, shape.mem_len()) {
-                Few::new(kernel, rows, None, scratch).piece::<V>(task, &piece, 0..MAX_SPLITS);
-            } else {
-                kernel.piece::<V, F>(task, &piece, rows, &mut Buffers::new(kernel, scratch));
-            }
+        let TileOfRows { kernel, job, task, scratch, .. } = self;
+        let mut buffers = Buffers::new(kernel, scratch);
+        for piece in job.pieces(kernel.shape, task.span()) {
+            kernel.piece::<V, F>(task, &piece, job.rows, &mut buffers);
         }
     }
 }
 
-impl<T: Convert> Kernel<'_, T> {
+impl Kernel<'_> {
     #[inline(always)]
-    fn piece<V: Vector, F: Form<T>>(&self, task: &mut Task, piece: &Piece, rows: &RowGroup<'_, T>, b: &mut Buffers<'_>) {
+    fn piece<V: Vector, F: Form>(&self, task: &mut Task, piece: &Piece, rows: &RowGroup<'_>, b: &mut Buffers<'_>) {
         let (shape, dp, width) = (self.shape, self.tile.dp, V::MR * V::LANES);
         let (n, kv_head, group) = (task.n(), task.group(), shape.group());
         let (count, size) = (piece.tokens * group, dp * width);
         let at = |r: usize| piece.at(shape, [n, kv_head], r);
         for (q, first) in b.q.chunks_exact_mut(size).zip((0..count).step_by(width)) {
-            pack::panel::<V, T, F>(|r| rows.q.row(at(first + r)), width.min(count - first), self.sign, q);
+            pack::panel::<V, F>(|r| rows.q.row(at(first + r)), width.min(count - first), self.sign, q);
         }
         let (row_max, row_sum) = b.states.split_at_mut(self.tile.rows);
         let fresh = mutate!("attend-stale-row", self.tile.rows, 1);
@@ -238,7 +247,7 @@ impl<T: Convert> Kernel<'_, T> {
         b.acc[..count.next_multiple_of(width) * dp].fill(0.0);
 
         let mut tiles = Tiles { kernel: self, count, b, factors: PhantomData::<F> };
-        walk::<V, T>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut tiles);
+        walk::<V>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut tiles);
 
         for first in (0..count).step_by(width) {
             let count = width.min(count - first);
@@ -275,11 +284,11 @@ impl<T: Convert> Kernel<'_, T> {
     /// Ends a row, whose maximum is in units: writes its lse. Returns what its sums are multiplied by; `None` of an empty row, whose result
     /// is 0 whatever its sums are.
     #[inline(always)]
-    fn weigh<V: Vector>(&self, task: &mut Task, rows: &RowGroup<'_, T>, at: [usize; 4], keys: Softmax) -> Option<f32> {
+    fn weigh<V: Vector>(&self, task: &mut Task, rows: &RowGroup<'_>, at: [usize; 4], keys: Softmax) -> Option<f32> {
         let without_sink = Softmax { row_max: keys.row_max * self.unit, ..keys };
         let (mut state, mut before) = (without_sink, 1.0);
         if let Some(sink) = &self.sink {
-            (state, [before, _]) = state.merge(Softmax::one(sink.row([0, 0, 0, at[3]])[0]));
+            (state, [before, _]) = state.merge(Softmax::one(sink.f32([0, 0, 0, at[3]])[0]));
         }
         if let Some(lse) = &rows.lse {
             let value = mutate!("attend-lse-without-sink", state, without_sink).lse();
@@ -291,21 +300,21 @@ impl<T: Convert> Kernel<'_, T> {
 }
 
 /// The keys of a piece of `count` rows.
-struct Tiles<'a, 'b, 's, T, F> {
-    kernel: &'a Kernel<'a, T>,
+struct Tiles<'a, 'b, 's, F> {
+    kernel: &'a Kernel<'a>,
     count: usize,
     b: &'b mut Buffers<'s>,
     factors: PhantomData<F>,
 }
 
-impl<T: Convert, F: Form<T>> Visit<T> for Tiles<'_, '_, '_, T, F> {
+impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
     /// A tile of keys, for all rows.
     #[inline(always)]
-    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_, T>) {
+    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>) {
         let Tiles { kernel, count, b, .. } = self;
         let (d, dp, width) = (kernel.shape.head_dim(), kernel.tile.dp, V::MR * V::LANES);
         let lead = tile.lead(F::TERMS);
-        let k = Rows::<F>::of::<V, T>(&tile.rows.0, tile.range.clone(), dp, b.k);
+        let k = Rows::<F>::of::<V>(&tile.rows.0, tile.range.clone(), dp, b.k);
         let v = F::values::<V>(&tile.rows.1, tile.range.clone(), lead, dp, b.v);
         let (row_max, row_sum) = b.states.split_at_mut(kernel.tile.rows);
         for first in (0..*count).step_by(width) {

@@ -15,8 +15,8 @@ mod panel;
 
 use crate::CpuPlan;
 use crate::infini_backward::{count_in, dot, per_stream, sum_streams};
-use crate::memory::{Cache, Floats, Input};
-use crate::pack::{self, Convert, Rows, with_element};
+use crate::memory::{Cache, Elements, Input};
+use crate::pack::{self, Rows};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Phase, Task, run_phase, shared};
 use crate::span::SpanSource;
@@ -75,10 +75,6 @@ struct Buffers<'s> {
 /// [`fam_core::Backend::attend_backward`].
 pub(crate) fn attend_backward(plan: &CpuPlan, par: &Par<'_>, args: AttendBackward<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    with_element!(plan, T => typed::<T>(plan, par, args, scratch))
-}
-
-fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: AttendBackward<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     let spec = plan.spec();
     let shape = spec.shape();
     let keys = Keys::Strided { k: args.k, v: args.v };
@@ -89,9 +85,9 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: AttendBackward<'_, [u8
     let kernel = Kernel {
         shape,
         tile: Tile::of_backward(shape),
-        rows: args.rows.map(|rows| RowGroup::<T>::new(rows, owner)),
+        rows: args.rows.map(|rows| RowGroup::new(rows, owner)),
         mem_rows: args.mem_rows.map(|rows| RowGroup::new(rows, owner)),
-        keys: Cache::<T>::tokens(&keys, spec)?,
+        keys: Cache::tokens(&keys, spec)?,
         mem: args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)),
         sink: args.sink.as_ref().map(Input::new),
         d_keys: args.d_keys.map(KeyOutputs::new),
@@ -112,14 +108,14 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: AttendBackward<'_, [u8
 }
 
 /// What all tasks share.
-struct Kernel<'a, T> {
+struct Kernel<'a> {
     shape: &'a Shape,
     tile: Tile,
-    rows: Option<RowGroup<'a, T>>,
-    mem_rows: Option<RowGroup<'a, T>>,
-    keys: Cache<'a, T>,
-    mem: Option<Cache<'a, T>>,
-    sink: Option<Input<'a, f32>>,
+    rows: Option<RowGroup<'a>>,
+    mem_rows: Option<RowGroup<'a>>,
+    keys: Cache<'a>,
+    mem: Option<Cache<'a>>,
+    sink: Option<Input<'a>>,
     d_keys: Option<KeyOutputs<'a>>,
     d_mem: Option<KeyOutputs<'a>>,
     /// The stream's part.
@@ -127,22 +123,22 @@ struct Kernel<'a, T> {
 }
 
 /// Block rows or memory rows.
-struct RowGroup<'a, T> {
-    q: Input<'a, T>,
-    o: Floats<'a>,
-    lse: Input<'a, f32>,
-    d_o: Floats<'a>,
-    d_lse: Option<Input<'a, f32>>,
+struct RowGroup<'a> {
+    q: Input<'a>,
+    o: Input<'a>,
+    lse: Input<'a>,
+    d_o: Input<'a>,
+    d_lse: Option<Input<'a>>,
     d_q: Output<'a>,
 }
 
-impl<'a, T: Convert> RowGroup<'a, T> {
+impl<'a> RowGroup<'a> {
     fn new(rows: RowsBackward<'a, [u8]>, owner: Owner) -> Self {
         RowGroup {
             q: Input::new(&rows.q),
-            o: Floats::new(&rows.o),
+            o: Input::new(&rows.o),
             lse: Input::new(&rows.lse),
-            d_o: Floats::new(&rows.d_o),
+            d_o: Input::new(&rows.d_o),
             d_lse: rows.d_lse.as_ref().map(Input::new),
             d_q: Output::new(rows.d_q, owner),
         }
@@ -162,13 +158,13 @@ impl<'a> KeyOutputs<'a> {
 }
 
 /// A task on its worker.
-struct StreamOfRows<'a, 's, T> {
-    kernel: &'a Kernel<'a, T>,
+struct StreamOfRows<'a, 's> {
+    kernel: &'a Kernel<'a>,
     task: &'s mut Task,
     scratch: &'s mut [f32],
 }
 
-impl<T: Convert> Body for StreamOfRows<'_, '_, T> {
+impl Body for StreamOfRows<'_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -184,34 +180,26 @@ impl<T: Convert> Body for StreamOfRows<'_, '_, T> {
         for i in 0..span.blocks(shape.block_len()) {
             let block_len = shape.block_len() as u64;
             let block = (span.start / block_len + i as u64) * block_len;
-            if let Some(rows) = &kernel.rows {
-                let in_block =
-                    (block.max(span.start) - span.start) as usize..((block + block_len).min(span.end()) - span.start) as usize;
-                for first in in_block.clone().step_by(tile.tokens) {
-                    let tokens = tile.tokens.min(in_block.end - first);
-                    kernel.piece::<V>(task, &Piece { span, i, block, first, tokens, is_memory: false }, rows, &mut b);
-                }
-            }
-            if let Some(rows) = &kernel.mem_rows {
-                for first in (0..shape.mem_len()).step_by(tile.tokens) {
-                    let tokens = tile.tokens.min(shape.mem_len() - first);
-                    kernel.piece::<V>(task, &Piece { span, i, block, first, tokens, is_memory: true }, rows, &mut b);
+            let in_block =
+                (block.max(span.start) - span.start) as usize..((block + block_len).min(span.end()) - span.start) as usize;
+            for (rows, is_memory, of_block) in [(&kernel.rows, false, in_block), (&kernel.mem_rows, true, 0..shape.mem_len())] {
+                let Some(rows) = rows else { continue };
+                for first in of_block.clone().step_by(tile.tokens) {
+                    let tokens = tile.tokens.min(of_block.end - first);
+                    kernel.piece::<V>(task, &Piece { span, i, block, first, tokens, is_memory }, rows, &mut b);
                 }
             }
         }
     }
 }
 
-impl<T: Convert> Kernel<'_, T> {
+impl Kernel<'_> {
     #[inline(always)]
-    fn piece<V: Vector>(&self, task: &mut Task, piece: &Piece, rows: &RowGroup<'_, T>, b: &mut Buffers<'_>) {
+    fn piece<V: Vector>(&self, task: &mut Task, piece: &Piece, rows: &RowGroup<'_>, b: &mut Buffers<'_>) {
         let (shape, dp, width) = (self.shape, self.tile.dp, V::MR * V::LANES);
         let (n, kv_head, group, d) = (task.n(), task.group(), shape.group(), shape.head_dim());
         let count = piece.tokens * group;
-        let at = |r: usize| {
-            let (row, head) = (piece.first + r / group, kv_head * group + r % group);
-            [n, if piece.is_memory { piece.i } else { 0 }, row, head]
-        };
+        let at = |r: usize| piece.at(shape, [n, kv_head], r);
 
         // 1. Rows, and δ of each.
         let (lse, delta) = b.states.split_at_mut(self.tile.rows);
@@ -222,17 +210,17 @@ impl<T: Convert> Kernel<'_, T> {
             let (row, at) = (r * dp..(r + 1) * dp, at(r));
             // o is not needed after this: its place is that of q.
             let (o, d_o) = (&mut b.q_rows[row.clone()], &mut b.d_o_rows[row]);
-            rows.o.pack::<V>(at, o);
-            rows.d_o.pack::<V>(at, d_o);
-            let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.row(at)[0]);
+            pack::row::<V>(rows.o.row(at), o);
+            pack::row::<V>(rows.d_o.row(at), d_o);
+            let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.f32(at)[0]);
             delta[r] = mutate!("backward-delta", dot(d_o, o), 0.0) - mutate!("backward-d-lse", d_lse, 0.0);
-            pack::row::<V, _>(rows.q.row(at), o);
+            pack::row::<V>(rows.q.row(at), o);
             // A row without keys, or with none of any weight, passes nothing on.
-            let saved = rows.lse.row(at)[0];
+            let saved = rows.lse.f32(at)[0];
             if saved > f32::NEG_INFINITY || saved.is_nan() {
                 lse[r] = saved;
                 if let Some(sink) = &self.sink {
-                    let of_sink = (sink.row([0, 0, 0, at[3]])[0] - saved).exp();
+                    let of_sink = (sink.f32([0, 0, 0, at[3]])[0] - saved).exp();
                     count_in(self.d_sink.row(task, [n, 0, 0, at[3]]), -of_sink * delta[r]);
                 }
             }
@@ -241,13 +229,13 @@ impl<T: Convert> Kernel<'_, T> {
         for ((q, d_o), first) in panels.zip((0..count).step_by(width)) {
             let count = width.min(count - first);
             let row = |r: usize| (first + r) * dp..(first + r) * dp + d;
-            pack::panel::<V, f32, f32>(|r| &b.q_rows[row(r)], count, 1.0, q);
-            pack::panel::<V, f32, f32>(|r| &b.d_o_rows[row(r)], count, 1.0, d_o);
+            pack::panel::<V, f32>(|r| Elements::F32(&b.q_rows[row(r)]), count, 1.0, q);
+            pack::panel::<V, f32>(|r| Elements::F32(&b.d_o_rows[row(r)]), count, 1.0, d_o);
         }
         b.d_q[..count.next_multiple_of(width) * dp].fill(0.0);
 
         // 2. All keys.
-        walk::<V, T>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut Tiles { kernel: self, task, piece, b });
+        walk::<V>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut Tiles { kernel: self, task, piece, b });
 
         // 3. What is left of the rows.
         let scale = mutate!("backward-scale-q", shape.scale(), 1.0);
@@ -260,24 +248,23 @@ impl<T: Convert> Kernel<'_, T> {
 }
 
 /// The keys of a piece.
-struct Tiles<'a, 'b, 's, T> {
-    kernel: &'a Kernel<'a, T>,
+struct Tiles<'a, 'b, 's> {
+    kernel: &'a Kernel<'a>,
     task: &'b mut Task,
     piece: &'b Piece,
     b: &'b mut Buffers<'s>,
 }
 
-impl<T: Convert> Visit<T> for Tiles<'_, '_, '_, T> {
+impl Visit for Tiles<'_, '_, '_> {
     /// A tile of keys, for all rows.
     #[inline(always)]
-    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_, T>) {
+    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>) {
         let Tiles { kernel, task, piece, b } = self;
         let (d, dp, width) = (kernel.shape.head_dim(), kernel.tile.dp, V::MR * V::LANES);
         let count = piece.tokens * kernel.shape.group();
         let (k_rows, v_rows) = &tile.rows;
         let (size, stride) = ((tile.range.end - tile.range.start) as usize, kernel.tile.rows);
-        let (k, v) =
-            (Rows::of::<V, _>(k_rows, tile.range.clone(), dp, b.k), Rows::of::<V, _>(v_rows, tile.range.clone(), dp, b.v));
+        let (k, v) = (Rows::of::<V>(k_rows, tile.range.clone(), dp, b.k), Rows::of::<V>(v_rows, tile.range.clone(), dp, b.v));
         let (d_k, d_v) = (&mut b.d_k[..size * dp], &mut b.d_v[..size * dp]);
         d_k.fill(0.0);
         d_v.fill(0.0);

@@ -7,8 +7,8 @@
 mod rows;
 
 use crate::CpuPlan;
-use crate::memory::{Cache, Floats, Input};
-use crate::pack::{self, Convert, with_element};
+use crate::memory::{Cache, Elements, Input};
+use crate::pack;
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Phase, Task, run, run_phase, shared};
 use crate::span::SpanSource;
@@ -19,7 +19,7 @@ use fam_core::{
     mutate,
 };
 pub(crate) use rows::dot;
-use rows::{ReadRows, WriteRows, add, read, read_backward, transpose, write_backward};
+use rows::{Read, ReadBackward, WriteBackward, add, transpose};
 
 /// Rows of a tile. The states are what fills the caches: at D = 128 each is 64 KiB, a tile of rows 32 KiB.
 const ROWS: usize = 64;
@@ -40,10 +40,6 @@ pub(crate) fn infini_read_backward(
     scratch: &mut [u8],
 ) -> Result<()> {
     args.validate(plan, scratch)?;
-    with_element!(plan, T => read_typed::<T>(plan, par, args, scratch))
-}
-
-fn read_typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniReadBackward<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     let spec = plan.spec();
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, None, false);
@@ -53,11 +49,11 @@ fn read_typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniReadBackwar
     let kernel = ReadKernel {
         shape,
         tile: plan.tile,
-        q: Input::<T>::new(&args.state.q),
+        q: Input::new(&args.state.q),
         state: State { m: Input::new(&args.state.m), z: Input::new(&args.state.z) },
         beta: Input::new(&args.state.beta),
-        o_local: Floats::new(&args.o_local),
-        d_o: Floats::new(&args.d_o),
+        o_local: Input::new(&args.o_local),
+        d_o: Input::new(&args.d_o),
         d_q: Output::new(args.d_q, owner),
         d_o_local: Output::new(args.d_o_local, owner),
         d_state: args.d_state.map(StateOutput::new),
@@ -99,14 +95,14 @@ pub(crate) fn sum_streams(
     parts: View<'_, [u8]>,
     to: Option<ViewMut<'_, [u8]>>,
 ) -> Result<()> {
-    let parts = Input::<f32>::new(&parts);
+    let parts = Input::new(&parts);
     let to = to.map(|to| Output::new(to, Owner::Stream { heads: shape.group() }));
     let groups = if to.is_some() { shape.kv_heads() } else { 0 };
     let grid = Grid { streams: 1, groups, tiles: 1, spans: None, writes_slots: None };
     run_phase(par, Phase { number: 1, of: 2 }, &grid, scratch, 0, &|task, _| {
         let Some(to) = &to else { return };
         for head in task.group() * shape.group()..(task.group() + 1) * shape.group() {
-            let sum: f64 = (0..parts.layout().shape[0]).flat_map(|n| parts.row([n, 0, 0, head])).map(|x| f64::from(*x)).sum();
+            let sum: f64 = (0..parts.layout().shape[0]).flat_map(|n| parts.f32([n, 0, 0, head])).map(|x| f64::from(*x)).sum();
             to.row::<f32>(task, [0, 0, 0, head])[0] += sum as f32;
         }
     })
@@ -119,8 +115,8 @@ fn entry(span: &Span, i: usize, m: &Layout) -> usize {
 
 /// The states, as they are read.
 struct State<'a> {
-    m: Input<'a, f32>,
-    z: Input<'a, f32>,
+    m: Input<'a>,
+    z: Input<'a>,
 }
 
 impl State<'_> {
@@ -129,9 +125,9 @@ impl State<'_> {
     fn load<V: Vector>(&self, [slot, entry, head]: [usize; 3], m: &mut [f32], m_t: &mut [f32], z: &mut [f32]) {
         m.fill(0.0);
         for (c, m) in m.chunks_exact_mut(z.len()).take(self.m.layout().shape[4]).enumerate() {
-            pack::row::<V, _>(self.m.row([slot, entry, c, head]), m);
+            pack::row::<V>(self.m.row([slot, entry, c, head]), m);
         }
-        pack::row::<V, _>(self.z.row([slot, entry, 0, head]), z);
+        pack::row::<V>(self.z.row([slot, entry, 0, head]), z);
         transpose(m, m_t, z.len());
     }
 }
@@ -152,9 +148,9 @@ impl<'a> StateOutput<'a> {
     fn load<V: Vector>(&self, task: &mut Task, [slot, entry, head]: [usize; 3], m: &mut [f32], m_t: &mut [f32], z: &mut [f32]) {
         m.fill(0.0);
         for (c, m) in m.chunks_exact_mut(z.len()).take(self.m.layout().shape[4]).enumerate() {
-            pack::row::<V, f32>(self.m.row(task, [slot, entry, c, head]), m);
+            pack::row::<V>(Elements::F32(self.m.row(task, [slot, entry, c, head])), m);
         }
-        pack::row::<V, f32>(self.z.row(task, [slot, entry, 0, head]), z);
+        pack::row::<V>(Elements::F32(self.z.row(task, [slot, entry, 0, head])), z);
         transpose(m, m_t, z.len());
     }
 
@@ -169,14 +165,14 @@ impl<'a> StateOutput<'a> {
 }
 
 /// What all tasks of the read share.
-struct ReadKernel<'a, T> {
+struct ReadKernel<'a> {
     shape: &'a Shape,
     tile: Tile,
-    q: Input<'a, T>,
+    q: Input<'a>,
     state: State<'a>,
-    beta: Input<'a, f32>,
-    o_local: Floats<'a>,
-    d_o: Floats<'a>,
+    beta: Input<'a>,
+    o_local: Input<'a>,
+    d_o: Input<'a>,
     d_q: Output<'a>,
     d_o_local: Output<'a>,
     d_state: Option<StateOutput<'a>>,
@@ -185,13 +181,13 @@ struct ReadKernel<'a, T> {
 }
 
 /// The rows of one stream and group of heads.
-struct ReadTask<'a, T> {
-    kernel: &'a ReadKernel<'a, T>,
+struct ReadTask<'a> {
+    kernel: &'a ReadKernel<'a>,
     task: &'a mut Task,
     scratch: &'a mut [f32],
 }
 
-impl<T: Convert> Body for ReadTask<'_, T> {
+impl Body for ReadTask<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -222,17 +218,17 @@ impl<T: Convert> Body for ReadTask<'_, T> {
                 let [x, s, a, d_a, d_x, o] = [&mut *x, s, a, d_a, d_x, o].map(|buffer| &mut buffer[..count * dp]);
                 for r in 0..count {
                     let row = r * dp..(r + 1) * dp;
-                    pack::row::<V, _>(kernel.q.row(at(r)), &mut x[row.clone()]);
-                    kernel.o_local.pack::<V>(at(r), &mut o[row.clone()]);
-                    kernel.d_o.pack::<V>(at(r), &mut d_a[row]);
+                    pack::row::<V>(kernel.q.row(at(r)), &mut x[row.clone()]);
+                    pack::row::<V>(kernel.o_local.row(at(r)), &mut o[row.clone()]);
+                    pack::row::<V>(kernel.d_o.row(at(r)), &mut d_a[row]);
                 }
                 a.fill(0.0);
                 if reads {
-                    read::<V, MR, NR>(x, d, m, z, s, a, den);
+                    V::run(Read { x, d, m, z, s, a, den });
                 }
                 for r in 0..count {
                     let (row, at) = (r * dp..(r + 1) * dp, at(r));
-                    let beta = f64::from(kernel.beta.row([0, 0, 0, at[3]])[0]);
+                    let beta = f64::from(kernel.beta.f32([0, 0, 0, at[3]])[0]);
                     // Each share from its own exponential: 1 − g cancels where g is close to 1.
                     let [of_memory, of_local] = [-beta, beta].map(|x| (1.0 / (1.0 + x.exp())) as f32);
                     let (of_memory, of_local) = mutate!("infini-backward-gate", (of_memory, of_local), (of_local, of_memory));
@@ -245,7 +241,7 @@ impl<T: Convert> Body for ReadTask<'_, T> {
                 }
                 d_x.fill(0.0);
                 if reads {
-                    read_backward::<V, MR, NR>(ReadRows { x, s, a, den, d_a, d_x }, d, m_t, z, (d_m, d_z));
+                    V::run(ReadBackward { x, s, a, den, d, m_t, z, d_a, d_x, d_m, d_z });
                 }
                 for r in 0..count {
                     kernel.d_q.write::<V>(task, at(r), &d_x[r * dp..][..d]);
@@ -268,10 +264,6 @@ pub(crate) fn infini_write_backward(
     scratch: &mut [u8],
 ) -> Result<()> {
     args.validate(plan, scratch)?;
-    with_element!(plan, T => write_typed::<T>(plan, par, args, scratch))
-}
-
-fn write_typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniWriteBackward<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     let spec = plan.spec();
     let shape = spec.shape();
     let keys = Keys::Strided { k: args.k, v: args.v };
@@ -279,7 +271,7 @@ fn write_typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniWriteBackw
     let kernel = WriteKernel {
         shape,
         tile: plan.tile,
-        keys: Cache::<T>::tokens(&keys, spec)?,
+        keys: Cache::tokens(&keys, spec)?,
         state: State { m: Input::new(&args.m), z: Input::new(&args.z) },
         d_state: StateOutput::new(args.d_state),
         d_keys: args.d_keys.map(|g| [g.d_k, g.d_v].map(|view| Output::new(view, Owner::Slot))),
@@ -295,23 +287,23 @@ fn write_typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniWriteBackw
 }
 
 /// What all tasks of the write share.
-struct WriteKernel<'a, T> {
+struct WriteKernel<'a> {
     shape: &'a Shape,
     tile: Tile,
-    keys: Cache<'a, T>,
+    keys: Cache<'a>,
     state: State<'a>,
     d_state: StateOutput<'a>,
     d_keys: Option<[Output<'a>; 2]>,
 }
 
 /// The segments of one stream and head.
-struct WriteTask<'a, T> {
-    kernel: &'a WriteKernel<'a, T>,
+struct WriteTask<'a> {
+    kernel: &'a WriteKernel<'a>,
     task: &'a mut Task,
     scratch: &'a mut [f32],
 }
 
-impl<T: Convert> Body for WriteTask<'_, T> {
+impl Body for WriteTask<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -350,14 +342,14 @@ impl<T: Convert> Body for WriteTask<'_, T> {
                     let [x, s, a, d_u, d_x, u, sigma] =
                         [&mut *x, s, a, d_u, d_x, u, sigma].map(|buffer| &mut buffer[..count * dp]);
                     for (r, (x, u)) in x.chunks_exact_mut(dp).zip(u.chunks_exact_mut(dp)).enumerate() {
-                        pack::row::<V, _>(k_rows.get(row_of(r)), x);
-                        pack::row::<V, _>(v_rows.get(row_of(r)), u);
+                        pack::row::<V>(k_rows.get(row_of(r)), x);
+                        pack::row::<V>(v_rows.get(row_of(r)), u);
                     }
                     if reads {
-                        read::<V, MR, NR>(x, d, m, z, s, a, den);
+                        V::run(Read { x, d, m, z, s, a, den });
                         u.iter_mut().zip(&*a).for_each(|(u, a)| *u -= a);
                     }
-                    write_backward::<V, MR, NR>(WriteRows { x, u, sigma, d_x, d_u }, d, (d_m, d_m_t, d_z));
+                    V::run(WriteBackward { x, u, d, d_m, d_m_t, d_z, sigma, d_x, d_u });
                     if let Some([_, d_v]) = &kernel.d_keys {
                         for (r, d_u) in d_u.chunks_exact(dp).enumerate() {
                             add(d_v.row(task, [slot, 0, row_of(r) as usize, kv_head]), d_u);
@@ -366,7 +358,7 @@ impl<T: Convert> Body for WriteTask<'_, T> {
                     if reads {
                         // u = v − a.
                         d_u.iter_mut().for_each(|d_u| *d_u = -*d_u);
-                        read_backward::<V, MR, NR>(ReadRows { x, s, a, den, d_a: d_u, d_x }, d, m_t, z, (passed_m, passed_z));
+                        V::run(ReadBackward { x, s, a, den, d, m_t, z, d_a: d_u, d_x, d_m: passed_m, d_z: passed_z });
                     }
                     if let Some([d_k, _]) = &kernel.d_keys {
                         for (r, d_x) in d_x.chunks_exact(dp).enumerate() {

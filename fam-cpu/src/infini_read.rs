@@ -8,8 +8,8 @@
 //! its largest σ becomes 1 and the denominator cannot underflow.
 
 use crate::CpuPlan;
-use crate::memory::Input;
-use crate::pack::{self, Convert, Rows, with_element};
+use crate::memory::{Elements, Input};
+use crate::pack::{self, Rows};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Task, run};
 use crate::product::{All, Lanes, accumulate, zero};
@@ -28,37 +28,33 @@ pub(crate) fn scratch(tile: Tile) -> [usize; 6] {
 /// [`fam_core::Backend::infini_read`].
 pub(crate) fn infini_read(plan: &CpuPlan, par: &Par<'_>, args: InfiniRead<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    with_element!(plan, T => typed::<T>(plan, par, args, scratch))
-}
-
-fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniRead<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     let (spec, tile) = (plan.spec(), plan.tile);
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, None, false);
     let tiles = spans.max_rows().div_ceil(tile.tokens);
     let o = Output::new(args.o, Owner::Tile { heads: shape.group(), rows: tile.tokens, tiles, first: 0 });
     let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles, spans: Some(spans), writes_slots: None };
-    let kernel = Kernel { shape, tile, state: State::<T>::new(&args.state), o_local: Input::new(&args.o_local), o };
+    let kernel = Kernel { shape, tile, state: State::new(&args.state), o_local: Input::new(&args.o_local), o };
     run(par, &grid, scratch, plan.share, &|task, scratch| plan.isa.run(TileOfRows { kernel: &kernel, task, scratch }))
 }
 
 /// What all tasks share.
-struct Kernel<'a, T> {
+struct Kernel<'a> {
     shape: &'a Shape,
     tile: Tile,
-    state: State<'a, T>,
-    o_local: Input<'a, f32>,
+    state: State<'a>,
+    o_local: Input<'a>,
     o: Output<'a>,
 }
 
 /// A task on its worker.
-struct TileOfRows<'a, 's, T> {
-    kernel: &'a Kernel<'a, T>,
+struct TileOfRows<'a, 's> {
+    kernel: &'a Kernel<'a>,
     task: &'s mut Task,
     scratch: &'s mut [f32],
 }
 
-impl<T: Convert> Body for TileOfRows<'_, '_, T> {
+impl Body for TileOfRows<'_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -79,7 +75,7 @@ impl<T: Convert> Body for TileOfRows<'_, '_, T> {
             for first in (0..tokens * group).step_by(width) {
                 let rows = first..(tokens * group).min(first + width);
                 let panel = &mut panel[..width * tile.dp];
-                pack::panel::<V, f32, f32>(|r| o_local.row(at(first + r)), rows.len(), 1.0, panel);
+                pack::panel::<V, f32>(|r| o_local.row(at(first + r)), rows.len(), 1.0, panel);
                 let buffers = [&mut *sigma_q, &mut *a, &mut *m, &mut *shares];
                 state.gate_panel::<V>(&span, i, heads.clone(), rows.clone(), |r| state.q.row(at(r)), buffers, panel);
                 o.write_panel::<V>(task, panel, rows.len(), stage, |r| at(first + r));
@@ -90,14 +86,14 @@ impl<T: Convert> Body for TileOfRows<'_, '_, T> {
 }
 
 /// The compressive memory as the kernels read it.
-pub(crate) struct State<'a, T> {
-    pub q: Input<'a, T>,
-    m: Input<'a, f32>,
-    z: Input<'a, f32>,
-    beta: Input<'a, f32>,
+pub(crate) struct State<'a> {
+    pub q: Input<'a>,
+    m: Input<'a>,
+    z: Input<'a>,
+    beta: Input<'a>,
 }
 
-impl<'a, T: Convert> State<'a, T> {
+impl<'a> State<'a> {
     pub fn new(args: &InfiniState<'a, [u8]>) -> Self {
         State { q: Input::new(&args.q), m: Input::new(&args.m), z: Input::new(&args.z), beta: Input::new(&args.beta) }
     }
@@ -112,27 +108,25 @@ impl<'a, T: Convert> State<'a, T> {
         i: usize,
         heads: Range<usize>,
         rows: Range<usize>,
-        q: impl Fn(usize) -> &'q [T],
+        q: impl Fn(usize) -> Elements<'q>,
         [sigma_q, a, m, shares]: [&mut [f32]; 4],
         o: &mut [f32],
-    ) where
-        T: 'q,
-    {
+    ) {
         let (d, group) = (self.m.layout().shape[4], heads.len());
         let (dp, width) = (pack::padded(d), V::MR * V::LANES);
         let i = mutate!("infini-next-state", i, i + 1);
         let entry = (u64::from(span.state_entry) + i as u64) % self.m.layout().shape[1] as u64;
         let (slot, entry, kv_head) = (span.slot as usize, entry as usize, heads.start / group);
         let (x, a) = (&mut sigma_q[..width * dp], &mut a[..width * dp]);
-        pack::panel::<V, T, f32>(|r| q(rows.start + r), rows.len(), 1.0, x);
-        let m = Rows::of::<V, _>(&self.m.rows([slot, entry, kv_head]), 0..d as u64, dp, m);
-        let z = self.z.row([slot, entry, 0, kv_head]);
+        pack::panel::<V, f32>(|r| q(rows.start + r), rows.len(), 1.0, x);
+        let m = Rows::of::<V>(&self.m.rows([slot, entry, kv_head]), 0..d as u64, dp, m);
+        let z = self.z.f32([slot, entry, 0, kv_head]);
         V::run(Retrieve { x, m, z, vectors: rows.len().div_ceil(V::LANES), a });
 
         let (of_memory, of_local) = shares.split_at_mut(MAX_WIDTH);
         for (lane, r) in rows.enumerate() {
             let head = mutate!("infini-beta-head", heads.start + r % group, r % group);
-            let beta = f64::from(self.beta.row([0, 0, 0, head])[0]);
+            let beta = f64::from(self.beta.f32([0, 0, 0, head])[0]);
             // Each share from its own exponential: 1 − g cancels where g is close to 1.
             let beta = mutate!("infini-gate-inverted", beta, -beta);
             [of_memory[lane], of_local[lane]] = [-beta, beta].map(|x| (1.0 / (1.0 + x.exp())) as f32);

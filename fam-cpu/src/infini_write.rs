@@ -9,8 +9,8 @@
 
 use crate::CpuPlan;
 use crate::infini_read::Retrieve;
-use crate::memory::{Cache, HeadRows};
-use crate::pack::{self, Convert, Rows, with_element};
+use crate::memory::{Cache, Elements, HeadRows};
+use crate::pack::{self, Rows};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Task, run};
 use crate::product::{All, Lanes, accumulate, zero};
@@ -29,17 +29,13 @@ pub(crate) fn scratch(tile: Tile) -> [usize; 9] {
 /// [`fam_core::Backend::infini_write`].
 pub(crate) fn infini_write(plan: &CpuPlan, par: &Par<'_>, args: InfiniWrite<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    with_element!(plan, T => typed::<T>(plan, par, args, scratch))
-}
-
-fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniWrite<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     let spec = plan.spec();
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, Some(&args.keys), false);
     let kernel = Kernel {
         shape,
         tile: plan.tile,
-        keys: Cache::<T>::tokens(&args.keys, spec)?,
+        keys: Cache::tokens(&args.keys, spec)?,
         m: Output::new(args.m, Owner::Slot),
         z: Output::new(args.z, Owner::Slot),
     };
@@ -54,22 +50,22 @@ fn typed<T: Convert>(plan: &CpuPlan, par: &Par<'_>, args: InfiniWrite<'_, [u8]>,
 }
 
 /// What all tasks share.
-struct Kernel<'a, T> {
+struct Kernel<'a> {
     shape: &'a Shape,
     tile: Tile,
-    keys: Cache<'a, T>,
+    keys: Cache<'a>,
     m: Output<'a>,
     z: Output<'a>,
 }
 
 /// A task on its worker: the segments of one stream and head.
-struct Segments<'a, 's, T> {
-    kernel: &'a Kernel<'a, T>,
+struct Segments<'a, 's> {
+    kernel: &'a Kernel<'a>,
     task: &'s mut Task,
     scratch: &'s mut [f32],
 }
 
-impl<T: Convert> Body for Segments<'_, '_, T> {
+impl Body for Segments<'_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -93,9 +89,9 @@ impl<T: Convert> Body for Segments<'_, '_, T> {
             add_m.fill(0.0);
             add_z.fill(0.0);
             for (c, m) in m.chunks_exact_mut(dp).take(d).enumerate() {
-                pack::row::<V, f32>(kernel.m.row(task, [slot, entry(i), c, kv_head]), m);
+                pack::row::<V>(Elements::F32(kernel.m.row(task, [slot, entry(i), c, kv_head])), m);
             }
-            pack::row::<V, f32>(kernel.z.row(task, [slot, entry(i), 0, kv_head]), z);
+            pack::row::<V>(Elements::F32(kernel.z.row(task, [slot, entry(i), 0, kv_head])), z);
             // A segment that began before the stream is passed over.
             if mutate!("infini-before-origin", first >= span.origin, true) {
                 let rows = kernel.keys.rows([slot, 0, kv_head]);
@@ -112,12 +108,12 @@ impl<T: Convert> Body for Segments<'_, '_, T> {
     }
 }
 
-impl<T: Convert> Kernel<'_, T> {
+impl Kernel<'_> {
     /// Sums what the keys `range` (row numbers) of a segment add to `m` and `z`.
     #[inline(always)]
     fn segment<V: Vector>(
         &self,
-        (k_rows, v_rows): (HeadRows<'_, T>, HeadRows<'_, T>),
+        (k_rows, v_rows): (HeadRows<'_>, HeadRows<'_>),
         range: std::ops::Range<u64>,
         (m, z): (&[f32], &[f32]),
         (add_m, add_z): (&mut [f32], &mut [f32]),
@@ -129,13 +125,13 @@ impl<T: Convert> Kernel<'_, T> {
             let count = BLOCK_N.min((range.end - first) as usize);
             let (s, v) = (&mut s[..count * dp], &mut v[..count * dp]);
             for (t, (s, v)) in (first..).zip(s.chunks_exact_mut(dp).zip(v.chunks_exact_mut(dp))) {
-                pack::row::<V, _>(k_rows.get(t), s);
-                pack::row::<V, _>(v_rows.get(t), v);
+                pack::row::<V>(k_rows.get(t), s);
+                pack::row::<V>(v_rows.get(t), v);
             }
             if is_delta {
                 for (s, v) in s.chunks(width * dp).zip(v.chunks_mut(width * dp)) {
                     let (count, x, a) = (s.len() / dp, &mut x[..width * dp], &mut a[..width * dp]);
-                    pack::panel::<V, f32, f32>(|t| &s[t * dp..][..dp], count, 1.0, x);
+                    pack::panel::<V, f32>(|t| Elements::F32(&s[t * dp..][..dp]), count, 1.0, x);
                     let m = Rows { data: m, stride: dp };
                     V::run(Retrieve { x, m, z: &z[..d], vectors: count.div_ceil(V::LANES), a });
                     for (t, v) in (0..count).step_by(V::LANES).zip(v.chunks_mut(V::LANES * dp)) {

@@ -1,28 +1,84 @@
 //! Memory of the CPU: bytes, read as elements where their address allows it.
 
-use crate::pack;
-use crate::vector::Vector;
 use bytemuck::Pod;
-use fam_core::{Dtype, Element, Error, Keys, Layout, Result, Spec, View, bf16, f16, mutate};
+use fam_core::{Dtype, Error, Keys, Layout, Result, Spec, View, bf16, f16, mutate};
 
-/// The whole elements of aligned bytes; an op has validated its arguments.
-fn elements<T: Pod>(mem: &[u8]) -> &[T] {
-    let whole = mem.len() / size_of::<T>() * size_of::<T>();
-    bytemuck::try_cast_slice(&mem[..whole]).unwrap_or_default()
+/// Elements of any dtype.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Elements<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Elements<'a> {
+    /// None, as f32.
+    pub const NONE: Self = Elements::F32(&[]);
+
+    /// The whole elements of aligned bytes; an op has validated its arguments.
+    fn new(mem: &'a [u8], dtype: Dtype) -> Self {
+        fn whole<T: Pod>(mem: &[u8]) -> &[T] {
+            let whole = mem.len() / size_of::<T>() * size_of::<T>();
+            bytemuck::try_cast_slice(&mem[..whole]).unwrap_or_default()
+        }
+        match dtype {
+            Dtype::F32 => Elements::F32(whole(mem)),
+            Dtype::F16 => Elements::F16(whole(mem)),
+            Dtype::Bf16 => Elements::Bf16(whole(mem)),
+            other => unreachable!("refused when the plan was made: {other}"),
+        }
+    }
+
+    /// `len` elements from `first` on.
+    #[inline(always)]
+    pub fn part(self, first: usize, len: usize) -> Self {
+        match self {
+            Elements::F32(x) => Elements::F32(&x[first..first + len]),
+            Elements::F16(x) => Elements::F16(&x[first..first + len]),
+            Elements::Bf16(x) => Elements::Bf16(&x[first..first + len]),
+        }
+    }
+
+    /// How many.
+    #[inline(always)]
+    pub fn len(self) -> usize {
+        match self {
+            Elements::F32(x) => x.len(),
+            Elements::F16(x) => x.len(),
+            Elements::Bf16(x) => x.len(),
+        }
+    }
+
+    /// The elements of a tensor that is f32 in any plan.
+    #[inline(always)]
+    fn f32(self) -> &'a [f32] {
+        match self {
+            Elements::F32(x) => x,
+            _ => unreachable!("validated: f32"),
+        }
+    }
+
+    /// Their bytes.
+    pub fn bytes(self) -> &'a [u8] {
+        match self {
+            Elements::F32(x) => bytemuck::cast_slice(x),
+            Elements::F16(x) => bytemuck::cast_slice(x),
+            Elements::Bf16(x) => bytemuck::cast_slice(x),
+        }
+    }
 }
 
 /// An input tensor: its elements and where they lie.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Input<'a, T> {
-    data: &'a [T],
+pub(crate) struct Input<'a> {
+    data: Elements<'a>,
     layout: Layout,
 }
 
-impl<'a, T: Element> Input<'a, T> {
+impl<'a> Input<'a> {
     /// A validated view as elements.
     pub fn new(view: &View<'a, [u8]>) -> Self {
-        debug_assert!(view.layout.dtype == T::DTYPE);
-        Input { data: elements(view.mem), layout: view.layout }
+        Input { data: Elements::new(view.mem, view.layout.dtype), layout: view.layout }
     }
 
     /// Sizes and strides.
@@ -32,18 +88,23 @@ impl<'a, T: Element> Input<'a, T> {
 
     /// The row `[batch, blocks, rows, heads]`.
     #[inline(always)]
-    pub fn row(&self, at: [usize; 4]) -> &'a [T] {
-        let first = self.layout.at(at);
-        &self.data[first..first + self.layout.shape[4]]
+    pub fn row(&self, at: [usize; 4]) -> Elements<'a> {
+        self.data.part(self.layout.at(at), self.layout.shape[4])
+    }
+
+    /// The same of a tensor that is f32 in any plan.
+    #[inline(always)]
+    pub fn f32(&self, at: [usize; 4]) -> &'a [f32] {
+        self.row(at).f32()
     }
 
     /// The rows of `[batch, blocks, .., heads]`.
-    pub fn rows(&self, at: [usize; 3]) -> HeadRows<'a, T> {
+    pub fn rows(&self, at: [usize; 3]) -> HeadRows<'a> {
         self.wrapped_rows(at, u64::MAX)
     }
 
     /// The same, with numbers of rows that wrap at `wrap`.
-    fn wrapped_rows(&self, [batch, block, head]: [usize; 3], wrap: u64) -> HeadRows<'a, T> {
+    fn wrapped_rows(&self, [batch, block, head]: [usize; 3], wrap: u64) -> HeadRows<'a> {
         let [first, stride, len] = match self.layout.shape[2] {
             // A cache of no rows, of which none is read.
             0 => [0; 3],
@@ -53,46 +114,17 @@ impl<'a, T: Element> Input<'a, T> {
     }
 }
 
-/// An input in any dtype, for ops that read it once.
-pub(crate) enum Floats<'a> {
-    F32(Input<'a, f32>),
-    F16(Input<'a, f16>),
-    Bf16(Input<'a, bf16>),
-}
-
-impl<'a> Floats<'a> {
-    /// A validated view.
-    pub fn new(view: &View<'a, [u8]>) -> Self {
-        match view.layout.dtype {
-            Dtype::F32 => Floats::F32(Input::new(view)),
-            Dtype::F16 => Floats::F16(Input::new(view)),
-            Dtype::Bf16 => Floats::Bf16(Input::new(view)),
-            other => unreachable!("refused when the plan was made: {other}"),
-        }
-    }
-
-    /// The row `[batch, blocks, rows, heads]`, then zeros: whole vectors.
-    #[inline(always)]
-    pub fn pack<V: Vector>(&self, at: [usize; 4], to: &mut [f32]) {
-        match self {
-            Floats::F32(x) => pack::row::<V, _>(x.row(at), to),
-            Floats::F16(x) => pack::row::<V, _>(x.row(at), to),
-            Floats::Bf16(x) => pack::row::<V, _>(x.row(at), to),
-        }
-    }
-}
-
 /// One head's rows of keys or values, in a cache that may wrap.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct HeadRows<'a, T> {
-    data: &'a [T],
+pub(crate) struct HeadRows<'a> {
+    data: Elements<'a>,
     first: usize,
     stride: usize,
     len: usize,
     wrap: u64,
 }
 
-impl<'a, T> HeadRows<'a, T> {
+impl<'a> HeadRows<'a> {
     /// Where row number `index` is, reduced modulo the size of a ring.
     #[inline(always)]
     fn row(&self, index: u64) -> u64 {
@@ -102,32 +134,31 @@ impl<'a, T> HeadRows<'a, T> {
 
     /// Row number `index`.
     #[inline(always)]
-    pub fn get(&self, index: u64) -> &'a [T] {
-        let first = self.first + self.row(index) as usize * self.stride;
-        &self.data[first..first + self.len]
+    pub fn get(&self, index: u64) -> Elements<'a> {
+        self.data.part(self.first + self.row(index) as usize * self.stride, self.len)
     }
 
     /// Rows `index .. index + count` as one run of memory, and the stride between them; `None` where a ring's end is between them.
     #[inline(always)]
-    pub fn run(&self, index: u64, count: usize) -> Option<(&'a [T], usize)> {
+    pub fn run(&self, index: u64, count: usize) -> Option<(Elements<'a>, usize)> {
         let row = self.row(index);
         (count > 0 && count as u64 <= self.wrap - row).then(|| {
             let first = self.first + row as usize * self.stride;
-            (&self.data[first..first + (count - 1) * self.stride + self.len], self.stride)
+            (self.data.part(first, (count - 1) * self.stride + self.len), self.stride)
         })
     }
 }
 
 /// Keys and values of one kind: of tokens in a ring or a linear cache, or of memory rows.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Cache<'a, T> {
-    k: Input<'a, T>,
-    v: Input<'a, T>,
+pub(crate) struct Cache<'a> {
+    k: Input<'a>,
+    v: Input<'a>,
     /// Rows of a ring; beyond every row number otherwise.
     wrap: u64,
 }
 
-impl<'a, T: Element> Cache<'a, T> {
+impl<'a> Cache<'a> {
     /// Keys and values of tokens: row number is position − origin.
     ///
     /// # Errors
@@ -168,7 +199,7 @@ impl<'a, T: Element> Cache<'a, T> {
     }
 
     /// Keys and values of `[slot, entry, head]`.
-    pub fn rows(&self, at: [usize; 3]) -> (HeadRows<'a, T>, HeadRows<'a, T>) {
+    pub fn rows(&self, at: [usize; 3]) -> (HeadRows<'a>, HeadRows<'a>) {
         (self.k.wrapped_rows(at, self.wrap), self.v.wrapped_rows(at, self.wrap))
     }
 }

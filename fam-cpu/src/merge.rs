@@ -5,8 +5,8 @@
 //! ```
 
 use crate::CpuPlan;
-use crate::memory::{Floats, Input};
-use crate::pack::padded;
+use crate::memory::Input;
+use crate::pack::{padded, row};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, run};
 use crate::softmax::Softmax;
@@ -29,16 +29,16 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
     let grid = Grid { streams: batch, groups: heads, tiles: blocks.saturating_mul(tiles), spans: None, writes_slots: None };
     run(par, &grid, scratch, 0, &|task, _| {
         let (block, first) = (task.tile() / tiles, task.tile() % tiles * ROWS);
-        for row in first..(first + ROWS).min(rows) {
-            let at = [task.n(), block, row, task.group()];
-            let [a, b] = [0, 1].map(|i| Softmax::one(parts[i].lse.row(at)[0]));
+        for token in first..(first + ROWS).min(rows) {
+            let at = [task.n(), block, token, task.group()];
+            let [a, b] = [0, 1].map(|i| Softmax::one(parts[i].lse.f32(at)[0]));
             let (union, [weight_a, weight_b]) = a.merge(b);
             let weights = mutate!("merge-swapped", [weight_a, weight_b], [weight_b, weight_a]);
             let (mut sum, mut of_part) = ([0.0; MAX_HEAD_DIM], [0.0; MAX_HEAD_DIM]);
             for (part, weight) in parts.iter().zip(weights) {
                 // A part of weight 0 may hold NaN.
                 if weight != 0.0 {
-                    part.o.pack::<Scalar>(at, &mut of_part[..padded(d)]);
+                    row::<Scalar>(part.o.row(at), &mut of_part[..padded(d)]);
                     sum.iter_mut().zip(&of_part[..d]).for_each(|(sum, o)| *sum += weight * o);
                 }
             }
@@ -56,12 +56,12 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
 
 /// One part as kernels read it.
 pub(crate) struct Part<'a> {
-    pub o: Floats<'a>,
-    pub lse: Input<'a, f32>,
+    pub o: Input<'a>,
+    pub lse: Input<'a>,
 }
 
 impl<'a> Part<'a> {
     pub fn new(part: &Partial<'a, [u8]>) -> Self {
-        Part { o: Floats::new(&part.o), lse: Input::new(&part.lse) }
+        Part { o: Input::new(&part.o), lse: Input::new(&part.lse) }
     }
 }

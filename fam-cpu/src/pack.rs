@@ -9,12 +9,13 @@
 //! `dp` is D rounded up to [`PAD`] elements (in pairs of channels half of that) and `W` is `MR` vectors. A tile of single keys is read where
 //! it lies if its elements are the factors and it is dense; else it is copied.
 
-use crate::memory::HeadRows;
+use crate::memory::{Elements, HeadRows};
 use crate::product::{Broadcast, Factor, Pair};
 use crate::tile::MAX_HEAD_DIM;
-use crate::vector::{MAX_LANES, Vector};
+use crate::vector::{Body, MAX_LANES, Vector};
 use bytemuck::{cast_slice, cast_slice_mut};
 use fam_core::{Element, bf16, f16, mutate};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Rows of a tile are padded to a multiple of this.
@@ -25,39 +26,25 @@ pub(crate) fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(PAD)
 }
 
-/// Runs `$work` with `$T` the element type of a plan's dtype.
-macro_rules! with_element {
-    ($plan:expr, $T:ident => $work:expr) => {
-        match fam_core::Plan::spec($plan).shape().dtype() {
-            fam_core::Dtype::F32 => {
-                type $T = f32;
-                $work
-            }
-            fam_core::Dtype::F16 => {
-                type $T = fam_core::f16;
-                $work
-            }
-            fam_core::Dtype::Bf16 => {
-                type $T = fam_core::bf16;
-                $work
-            }
-            other => unreachable!("refused when the plan was made: {other}"),
-        }
-    };
-}
-pub(crate) use with_element;
-
-/// Elements as lanes of f32.
+/// Elements of one type as lanes of f32. What meets elements is a [`Body`] of its own, made for each type: kernels are made once for all.
 pub(crate) trait Convert: Element {
+    /// A row of zeros.
+    const ZEROS: &'static [Self; MAX_HEAD_DIM];
+    /// The elements, if they are of this type; else none.
+    fn of(elements: Elements<'_>) -> &[Self];
     /// The exact values of the first `LANES` elements of `from`.
     fn load<V: Vector>(from: &[Self]) -> V;
     /// Writes the nearest values, ties to even, to the first `LANES` elements of `to`.
     fn store<V: Vector>(x: V, to: &mut [Self]);
-    /// The same memory, if it is f32.
-    fn as_f32(of: &[Self]) -> Option<&[f32]>;
 }
 
 impl Convert for f32 {
+    const ZEROS: &'static [f32; MAX_HEAD_DIM] = &[0.0; MAX_HEAD_DIM];
+
+    #[inline(always)]
+    fn of(elements: Elements<'_>) -> &[f32] {
+        if let Elements::F32(x) = elements { x } else { &[] }
+    }
     #[inline(always)]
     fn load<V: Vector>(from: &[f32]) -> V {
         V::load(from)
@@ -66,13 +53,15 @@ impl Convert for f32 {
     fn store<V: Vector>(x: V, to: &mut [f32]) {
         x.store(to);
     }
-    #[inline(always)]
-    fn as_f32(of: &[f32]) -> Option<&[f32]> {
-        Some(of)
-    }
 }
 
 impl Convert for f16 {
+    const ZEROS: &'static [f16; MAX_HEAD_DIM] = &[f16::ZERO; MAX_HEAD_DIM];
+
+    #[inline(always)]
+    fn of(elements: Elements<'_>) -> &[f16] {
+        if let Elements::F16(x) = elements { x } else { &[] }
+    }
     #[inline(always)]
     fn load<V: Vector>(from: &[f16]) -> V {
         V::load_f16(from)
@@ -81,13 +70,15 @@ impl Convert for f16 {
     fn store<V: Vector>(x: V, to: &mut [f16]) {
         x.store_f16(to);
     }
-    #[inline(always)]
-    fn as_f32(_: &[f16]) -> Option<&[f32]> {
-        None
-    }
 }
 
 impl Convert for bf16 {
+    const ZEROS: &'static [bf16; MAX_HEAD_DIM] = &[bf16::ZERO; MAX_HEAD_DIM];
+
+    #[inline(always)]
+    fn of(elements: Elements<'_>) -> &[bf16] {
+        if let Elements::Bf16(x) = elements { x } else { &[] }
+    }
     #[inline(always)]
     fn load<V: Vector>(from: &[bf16]) -> V {
         V::load_bf16(from)
@@ -100,30 +91,49 @@ impl Convert for bf16 {
             to.iter_mut().zip(&all[..V::LANES]).for_each(|(to, x)| *to = bf16::from_bits((x.to_bits() >> 16) as u16));
         });
     }
-    #[inline(always)]
-    fn as_f32(_: &[bf16]) -> Option<&[f32]> {
-        None
-    }
 }
 
-/// The `LANES` channels of a row from channel `c` on; 0 beyond its end.
+/// The channels of a row from channel `c` on that do not fill a vector, then 0.
 #[inline(always)]
-fn channels<V: Vector, T: Convert>(row: &[T], c: usize) -> V {
-    match row.get(c..).unwrap_or_default() {
-        from if from.len() >= V::LANES => T::load(from),
-        from => {
-            let mut channels = [0.0; PAD];
-            channels.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f32());
-            V::load(&channels)
-        }
-    }
+fn last_channels<V: Vector, T: Convert>(row: &[T], c: usize) -> V {
+    let mut channels = [0.0; PAD];
+    channels.iter_mut().zip(row.get(c..).unwrap_or_default()).for_each(|(to, x)| *to = x.to_f32());
+    V::load(&channels)
 }
 
 /// Packs one row: its channels, then zeros. `to` is whole vectors.
 #[inline(always)]
-pub(crate) fn row<V: Vector, T: Convert>(from: &[T], to: &mut [f32]) {
-    for (c, to) in to.chunks_exact_mut(V::LANES).enumerate() {
-        channels::<V, T>(from, c * V::LANES).store(to);
+pub(crate) fn row<V: Vector>(from: Elements<'_>, to: &mut [f32]) {
+    V::run(Widen { from, to });
+}
+
+/// [`row`].
+struct Widen<'a> {
+    from: Elements<'a>,
+    to: &'a mut [f32],
+}
+
+impl Body for Widen<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        match self.from {
+            Elements::F32(from) => widen::<V, f32>(from, self.to),
+            Elements::F16(from) => widen::<V, f16>(from, self.to),
+            Elements::Bf16(from) => widen::<V, bf16>(from, self.to),
+        }
+    }
+}
+
+#[inline(always)]
+fn widen<V: Vector, T: Convert>(from: &[T], to: &mut [f32]) {
+    let whole = from.len().min(to.len()) / V::LANES * V::LANES;
+    for c in (0..whole).step_by(V::LANES) {
+        T::load::<V>(&from[c..]).store(&mut to[c..]);
+    }
+    for c in (whole..to.len()).step_by(V::LANES) {
+        last_channels::<V, T>(from, c).store(&mut to[c..]);
     }
 }
 
@@ -137,15 +147,15 @@ pub(crate) fn unpack_row<V: Vector, T: Convert>(from: &[f32], to: &mut [T]) {
     to[rest..].iter_mut().zip(&from[rest..]).for_each(|(to, x)| *to = T::from_f32(*x));
 }
 
-/// How rows of `T` become factors.
-pub(crate) trait Form<T: Element>: Factor {
-    /// The `LANES` factors of a row's channels from factor `i` on, times 1, 0 or −1; 0 beyond its end.
-    fn channels<V: Vector>(row: &[T], i: usize, sign: f32) -> V;
+/// How rows of any dtype that a plan may have become factors.
+pub(crate) trait Form: Factor {
+    /// Work for each element type that can.
+    fn each<V: Vector, W: OfType<Self>>(of: Elements<'_>, work: W);
     /// Rows where they lie, `stride` elements apart, and the distance in factors; `None` where they are no factors.
-    fn lying(of: &[T], stride: usize) -> Option<(&[Self], usize)>;
+    fn lying(of: Elements<'_>, stride: usize) -> Option<(&[Self], usize)>;
     /// Rows `range` of values in factors of keys, the first key at place `lead`: where they lie, or copied to `buffer`.
     fn values<'a, V: Vector>(
-        rows: &HeadRows<'a, T>,
+        rows: &HeadRows<'a>,
         range: Range<u64>,
         lead: usize,
         dp: usize,
@@ -153,62 +163,127 @@ pub(crate) trait Form<T: Element>: Factor {
     ) -> Rows<'a, Self>;
 }
 
-impl<T: Convert> Form<T> for f32 {
+/// How rows of `T` become factors.
+pub(crate) trait FormOf<T: Convert>: Form {
+    /// The `LANES` factors of a row's channels from factor `i` on, all of them there, times 1, 0 or −1.
+    fn channels<V: Vector>(row: &[T], i: usize, sign: f32) -> V;
+    /// The same where they are not; 0 beyond the row's end.
+    fn last_channels<V: Vector>(row: &[T], i: usize, sign: f32) -> V;
+}
+
+/// Work on rows of one element type.
+pub(crate) trait OfType<F> {
+    /// Does it, `#[inline(always)]`.
+    fn run<V: Vector, T: Convert>(self)
+    where
+        F: FormOf<T>;
+}
+
+impl Form for f32 {
     #[inline(always)]
-    fn channels<V: Vector>(row: &[T], i: usize, sign: f32) -> V {
-        channels::<V, T>(row, i).mul(V::splat(sign))
+    fn each<V: Vector, W: OfType<f32>>(of: Elements<'_>, work: W) {
+        match of {
+            Elements::F32(_) => work.run::<V, f32>(),
+            Elements::F16(_) => work.run::<V, f16>(),
+            Elements::Bf16(_) => work.run::<V, bf16>(),
+        }
     }
     #[inline(always)]
-    fn lying(of: &[T], stride: usize) -> Option<(&[f32], usize)> {
-        T::as_f32(of).map(|of| (of, stride))
+    fn lying(of: Elements<'_>, stride: usize) -> Option<(&[f32], usize)> {
+        if let Elements::F32(of) = of { Some((of, stride)) } else { None }
     }
     #[inline(always)]
-    fn values<'a, V: Vector>(rows: &HeadRows<'a, T>, range: Range<u64>, _: usize, dp: usize, buffer: &'a mut [f32]) -> Rows<'a> {
-        Rows::of::<V, T>(rows, range, dp, buffer)
+    fn values<'a, V: Vector>(rows: &HeadRows<'a>, range: Range<u64>, _: usize, dp: usize, buffer: &'a mut [f32]) -> Rows<'a> {
+        Rows::of::<V>(rows, range, dp, buffer)
     }
 }
 
-impl Form<bf16> for Pair {
+impl<T: Convert> FormOf<T> for f32 {
     #[inline(always)]
-    fn channels<V: Vector>(row: &[bf16], i: usize, sign: f32) -> V {
-        let row = row.get(2 * i..).unwrap_or_default();
-        if row.len() >= 2 * V::LANES && sign == 1.0 {
-            return V::load_pairs(row);
-        }
-        let mut pairs = [0f32; MAX_LANES];
-        for (to, x) in cast_slice_mut::<_, bf16>(&mut pairs).iter_mut().zip(row) {
-            // The product is a bf16: nothing is lost.
-            *to = bf16::from_bits(((x.to_f32() * sign).to_bits() >> 16) as u16);
-        }
-        V::load(&pairs)
+    fn channels<V: Vector>(row: &[T], i: usize, sign: f32) -> V {
+        T::load::<V>(&row[i..]).mul(V::splat(sign))
     }
     #[inline(always)]
-    fn lying(of: &[bf16], stride: usize) -> Option<(&[Pair], usize)> {
+    fn last_channels<V: Vector>(row: &[T], i: usize, sign: f32) -> V {
+        last_channels::<V, T>(row, i).mul(V::splat(sign))
+    }
+}
+
+impl Form for Pair {
+    #[inline(always)]
+    fn each<V: Vector, W: OfType<Pair>>(_: Elements<'_>, work: W) {
+        work.run::<V, bf16>();
+    }
+    #[inline(always)]
+    fn lying(of: Elements<'_>, stride: usize) -> Option<(&[Pair], usize)> {
+        let of = bf16::of(of);
         (of.len().is_multiple_of(2) && stride.is_multiple_of(2)).then(|| (cast_slice(of), stride / 2))
     }
     #[inline(always)]
     fn values<'a, V: Vector>(
-        rows: &HeadRows<'a, bf16>,
+        rows: &HeadRows<'a>,
         range: Range<u64>,
         lead: usize,
         dp: usize,
         buffer: &'a mut [f32],
     ) -> Rows<'a, Pair> {
-        const ABSENT: [bf16; MAX_HEAD_DIM] = [bf16::ZERO; MAX_HEAD_DIM];
+        V::run(PairsOfKeys { rows, range, lead, dp, to: &mut *buffer });
+        Rows { data: cast_slice(buffer), stride: dp }
+    }
+}
+
+impl FormOf<bf16> for Pair {
+    #[inline(always)]
+    fn channels<V: Vector>(row: &[bf16], i: usize, sign: f32) -> V {
+        let pairs = V::load_pairs(&row[2 * i..]);
+        if sign == 1.0 { pairs } else { Self::last_channels(row, i, sign) }
+    }
+    #[inline(always)]
+    fn last_channels<V: Vector>(row: &[bf16], i: usize, sign: f32) -> V {
+        let mut pairs = [0f32; MAX_LANES];
+        for (to, x) in
+            cast_slice_mut::<_, bf16>(&mut pairs).iter_mut().zip(row.get(2 * i..).unwrap_or_default()).take(2 * V::LANES)
+        {
+            // The product is a bf16: nothing is lost.
+            *to = bf16::from_bits(((x.to_f32() * sign).to_bits() >> 16) as u16);
+        }
+        V::load(&pairs)
+    }
+}
+
+/// [`Form::values`] of pairs.
+struct PairsOfKeys<'a, 'b> {
+    rows: &'b HeadRows<'a>,
+    range: Range<u64>,
+    lead: usize,
+    dp: usize,
+    to: &'b mut [f32],
+}
+
+impl Body for PairsOfKeys<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let PairsOfKeys { rows, range, lead, dp, to } = self;
         let (d, end) = (rows.get(range.start).len(), lead + (range.end - range.start) as usize);
         let rest = d / V::LANES * V::LANES;
-        // Beside its only visible key a pair has zeros: the other's may be NaN, or not there.
-        let key = |t: usize| if (lead..end).contains(&t) { rows.get(range.start + (t - lead) as u64) } else { &ABSENT[..d] };
-        for (i, to) in buffer.chunks_exact_mut(dp).take(end.div_ceil(2)).enumerate() {
-            let (first, second) = (key(2 * i), key(2 * i + 1));
+        for (i, to) in to.chunks_exact_mut(dp).take(end.div_ceil(2)).enumerate() {
+            let mut keys = [&bf16::ZEROS[..d]; 2];
+            for (key, t) in keys.iter_mut().zip(2 * i..) {
+                // Beside its only visible key a pair has zeros: the other's may be NaN, or not there.
+                if (lead..end).contains(&t) {
+                    *key = bf16::of(rows.get(range.start + (t - lead) as u64));
+                }
+            }
+            let [first, second] = keys;
             for c in (0..rest).step_by(V::LANES) {
                 V::pair(V::load_bf16(&first[c..]), V::load_bf16(&second[c..])).store(&mut to[c..]);
             }
             if rest < d {
-                V::pair(channels::<V, bf16>(first, rest), channels::<V, bf16>(second, rest)).store(&mut to[rest..]);
+                V::pair(last_channels::<V, bf16>(first, rest), last_channels::<V, bf16>(second, rest)).store(&mut to[rest..]);
             }
         }
-        Rows { data: cast_slice(buffer), stride: dp }
     }
 }
 
@@ -219,20 +294,57 @@ pub(crate) const fn stage(dp: usize) -> usize {
 
 /// Packs `count` rows into a panel, times 1, 0 or −1. The last vector's absent rows are 0; further vectors are left as they are.
 #[inline(always)]
-pub(crate) fn panel<'r, V: Vector, T: Convert, F: Form<T>>(
-    rows: impl Fn(usize) -> &'r [T],
-    count: usize,
-    sign: f32,
-    to: &mut [f32],
-) {
-    let width = V::MR * V::LANES;
-    let factors = to.len() / width / F::TERMS;
+pub(crate) fn panel<'r, V: Vector, F: Form>(rows: impl Fn(usize) -> Elements<'r>, count: usize, sign: f32, to: &mut [f32]) {
     for first in (0..count).step_by(V::LANES) {
-        let rows: [&[T]; MAX_LANES] = std::array::from_fn(|r| if first + r < count { rows(first + r) } else { &[] });
-        for c in (0..factors).step_by(V::LANES) {
+        let count = V::LANES.min(count - first);
+        let mut of_vector = [Elements::NONE; MAX_LANES];
+        for r in 0..count {
+            of_vector[r] = rows(first + r);
+        }
+        V::run(Columns::<F> { rows: &of_vector[..count], sign, first, to, factor: PhantomData });
+    }
+}
+
+/// A vector of rows as columns of a panel, from lane `first` on.
+struct Columns<'a, F> {
+    rows: &'a [Elements<'a>],
+    sign: f32,
+    first: usize,
+    to: &'a mut [f32],
+    factor: PhantomData<F>,
+}
+
+impl<F: Form> Body for Columns<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        F::each::<V, _>(self.rows[0], self);
+    }
+}
+
+impl<F: Form> OfType<F> for Columns<'_, F> {
+    #[inline(always)]
+    fn run<V: Vector, T: Convert>(self)
+    where
+        F: FormOf<T>,
+    {
+        let Columns { rows, sign, first, to, .. } = self;
+        let (d, width) = (rows[0].len(), V::MR * V::LANES);
+        let mut of_type = [&T::ZEROS[..d]; MAX_LANES];
+        for (to, row) in of_type.iter_mut().zip(rows) {
+            *to = T::of(*row);
+        }
+        for c in (0..to.len() / width / F::TERMS).step_by(V::LANES) {
             let mut square = [V::splat(0.0); MAX_LANES];
-            for r in 0..V::LANES {
-                square[r] = F::channels::<V>(rows[r], c, sign);
+            if (c + V::LANES) * F::TERMS <= d {
+                for r in 0..V::LANES {
+                    square[r] = F::channels::<V>(of_type[r], c, sign);
+                }
+            } else {
+                for r in 0..V::LANES {
+                    square[r] = F::last_channels::<V>(of_type[r], c, sign);
+                }
             }
             let columns = V::transpose(square);
             for j in 0..V::LANES {
@@ -245,15 +357,32 @@ pub(crate) fn panel<'r, V: Vector, T: Convert, F: Form<T>>(
 /// The rows of a panel's vector that begins at lane `first`, `[LANES][dp]`: [`panel`]'s inverse.
 #[inline(always)]
 pub(crate) fn unpack<V: Vector>(panel: &[f32], first: usize, to: &mut [f32]) {
-    let (width, dp) = (V::MR * V::LANES, panel.len() / (V::MR * V::LANES));
-    for c in (0..dp).step_by(V::LANES) {
-        let mut square = [V::splat(0.0); MAX_LANES];
-        for j in 0..V::LANES {
-            square[j] = V::load(&panel[(c + j) * width + first..]);
-        }
-        let rows = V::transpose(square);
-        for r in 0..V::LANES {
-            rows[r].store(&mut to[r * dp + c..]);
+    V::run(RowsOfPanel { panel, first, to });
+}
+
+/// [`unpack`].
+struct RowsOfPanel<'a> {
+    panel: &'a [f32],
+    first: usize,
+    to: &'a mut [f32],
+}
+
+impl Body for RowsOfPanel<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let RowsOfPanel { panel, first, to } = self;
+        let (width, dp) = (MR * V::LANES, panel.len() / (MR * V::LANES));
+        for c in (0..dp).step_by(V::LANES) {
+            let mut square = [V::splat(0.0); MAX_LANES];
+            for j in 0..V::LANES {
+                square[j] = V::load(&panel[(c + j) * width + first..]);
+            }
+            let rows = V::transpose(square);
+            for r in 0..V::LANES {
+                rows[r].store(&mut to[r * dp + c..]);
+            }
         }
     }
 }
@@ -265,16 +394,13 @@ pub(crate) struct Rows<'a, F = f32> {
     pub stride: usize,
 }
 
-impl<'a, F: Factor> Rows<'a, F> {
+impl<'a, F: Form> Rows<'a, F> {
     /// Rows `range` of a cache, where they lie or copied to `buffer`, `[rows][dp]`.
     ///
     /// Rows that are further apart than they are long would share few sets of L1: a tile of them does not stay there, and the prefetcher
     /// brings what nobody reads.
     #[inline(always)]
-    pub fn of<V: Vector, T: Convert>(rows: &HeadRows<'a, T>, range: Range<u64>, dp: usize, buffer: &'a mut [f32]) -> Self
-    where
-        F: Form<T>,
-    {
+    pub fn of<V: Vector>(rows: &HeadRows<'a>, range: Range<u64>, dp: usize, buffer: &'a mut [f32]) -> Self {
         let count = (range.end - range.start) as usize;
         if let Some((run, stride)) = rows.run(range.start, count)
             && stride <= dp
@@ -282,14 +408,51 @@ impl<'a, F: Factor> Rows<'a, F> {
         {
             return Rows { data, stride };
         }
-        for (index, to) in range.zip(buffer.chunks_exact_mut(dp)) {
-            for (i, to) in (0..dp / F::TERMS).step_by(V::LANES).zip(to.chunks_exact_mut(V::LANES)) {
-                F::channels::<V>(rows.get(index), i, 1.0).store(to);
-            }
-        }
+        V::run(Copies::<F> { rows, range, dp, to: &mut *buffer, factor: PhantomData });
         Rows { data: cast_slice(buffer), stride: dp }
     }
+}
 
+/// Copies of rows as factors.
+struct Copies<'a, 'b, F> {
+    rows: &'b HeadRows<'a>,
+    range: Range<u64>,
+    dp: usize,
+    to: &'b mut [f32],
+    factor: PhantomData<F>,
+}
+
+impl<F: Form> Body for Copies<'_, '_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        F::each::<V, _>(self.rows.get(self.range.start), self);
+    }
+}
+
+impl<F: Form> OfType<F> for Copies<'_, '_, F> {
+    #[inline(always)]
+    fn run<V: Vector, T: Convert>(self)
+    where
+        F: FormOf<T>,
+    {
+        let Copies { rows, range, dp, to, .. } = self;
+        for (index, to) in range.zip(to.chunks_exact_mut(dp)) {
+            let row = T::of(rows.get(index));
+            for i in (0..dp / F::TERMS).step_by(V::LANES) {
+                let factors = if (i + V::LANES) * F::TERMS <= row.len() {
+                    F::channels::<V>(row, i, 1.0)
+                } else {
+                    F::last_channels::<V>(row, i, 1.0)
+                };
+                factors.store(&mut to[i..]);
+            }
+        }
+    }
+}
+
+impl<'a, F> Rows<'a, F> {
     /// Sums over the channels of each row.
     #[inline(always)]
     pub fn over_channels(self) -> Broadcast<'a, F> {
@@ -305,7 +468,7 @@ impl<'a, F: Factor> Rows<'a, F> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Convert, row, unpack_row};
+    use super::{Convert, unpack_row, widen};
     use crate::Isa;
     use crate::vector::{Body, Vector};
     use fam_core::{bf16, f16};
@@ -319,7 +482,7 @@ mod tests {
         #[inline(always)]
         fn run<V: Vector, const MR: usize, const NR: usize>(self) -> Self::Output {
             let mut wide = vec![-1.0; self.0.len() + 16];
-            row::<V, T>(&self.0[1..], &mut wide);
+            widen::<V, T>(&self.0[1..], &mut wide);
             let mut narrow = vec![T::from_f32(0.0); self.1.len()];
             unpack_row::<V, T>(&self.1, &mut narrow);
             (wide, narrow)

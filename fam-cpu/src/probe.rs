@@ -60,18 +60,12 @@ impl Isa {
 /// [`Isa::product_speeds`] of one kind of factors.
 fn block_speeds<F: Factor>(isa: Isa, b: F) -> Vec<([usize; 2], f64)> {
     vec![
-        ([1, 4], F::run(isa, Block::<F, 1, 4>(b))),
-        ([1, 8], F::run(isa, Block::<F, 1, 8>(b))),
         ([1, 16], F::run(isa, Block::<F, 1, 16>(b))),
-        ([2, 4], F::run(isa, Block::<F, 2, 4>(b))),
         ([2, 6], F::run(isa, Block::<F, 2, 6>(b))),
         ([2, 8], F::run(isa, Block::<F, 2, 8>(b))),
-        ([2, 10], F::run(isa, Block::<F, 2, 10>(b))),
         ([2, 12], F::run(isa, Block::<F, 2, 12>(b))),
-        ([3, 4], F::run(isa, Block::<F, 3, 4>(b))),
         ([3, 8], F::run(isa, Block::<F, 3, 8>(b))),
         ([4, 4], F::run(isa, Block::<F, 4, 4>(b))),
-        ([4, 6], F::run(isa, Block::<F, 4, 6>(b))),
     ]
 }
 

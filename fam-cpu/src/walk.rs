@@ -13,10 +13,11 @@
 use crate::memory::{Cache, HeadRows};
 use crate::tile::{BLOCK_N, MAX_MR, MAX_WIDTH};
 use crate::vector::Vector;
-use fam_core::{Element, Shape, Span, mutate};
+use fam_core::{Shape, Span, mutate};
 use std::ops::Range;
 
 /// Rows of one tile in one block. Row `r` is query head `r mod group` of the group, of token (or memory row) `first + r / group`.
+#[derive(Clone)]
 pub(crate) struct Piece {
     pub span: Span,
     /// Block of the call.
@@ -91,9 +92,9 @@ impl Piece {
 }
 
 /// Keys and values that share a tile, and are seen by some row of a piece.
-pub(crate) struct KeyTile<'a, T> {
+pub(crate) struct KeyTile<'a> {
     /// The head's rows of the cache.
-    pub rows: (HeadRows<'a, T>, HeadRows<'a, T>),
+    pub rows: (HeadRows<'a>, HeadRows<'a>),
     /// Numbers of the tile's rows in the cache: from the first that some row sees to the last.
     pub range: Range<u64>,
     /// Slot, entry and head in the cache.
@@ -107,7 +108,7 @@ pub(crate) struct KeyTile<'a, T> {
     shape: &'a Shape,
 }
 
-impl<T> KeyTile<'_, T> {
+impl KeyTile<'_> {
     /// Keys of the tile that token `t` of the piece sees.
     pub fn visible(&self, t: usize) -> Range<usize> {
         let keys = self.memory.clone().unwrap_or_else(|| self.piece.visible(t, self.shape));
@@ -193,7 +194,7 @@ impl Seen {
 
 /// Keys of window, memory and own block that some row of the piece sees: from where tiles begin to one past the last, counted from the
 /// block's start, and those of the memory from its first row.
-fn segments<T: Element>(shape: &Shape, mem: Option<&Cache<'_, T>>, piece: &Piece) -> [Range<i64>; 3] {
+fn segments(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> [Range<i64>; 3] {
     let (first, end) = (piece.visible(0, shape).start, piece.visible(piece.tokens - 1, shape).end);
     let step = BLOCK_N as i64;
     let window = -(-first.min(0) as u64).next_multiple_of(BLOCK_N as u64).cast_signed()..end.min(0);
@@ -205,25 +206,25 @@ fn segments<T: Element>(shape: &Shape, mem: Option<&Cache<'_, T>>, piece: &Piece
 }
 
 /// Tiles that [`walk`] visits.
-pub(crate) fn tiles<T: Element>(shape: &Shape, mem: Option<&Cache<'_, T>>, piece: &Piece) -> usize {
+pub(crate) fn tiles(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> usize {
     segments(shape, mem, piece).into_iter().map(|keys| ((keys.end - keys.start).max(0) as usize).div_ceil(BLOCK_N)).sum()
 }
 
 /// What is done with each tile of keys. No closure: see [`crate::vector::Body`].
-pub(crate) trait Visit<T> {
+pub(crate) trait Visit {
     /// Does it, `#[inline(always)]`.
-    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_, T>);
+    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>);
 }
 
 /// Visits every tile of keys that some row of the piece sees, in order. Keys that none sees are in no tile.
 #[inline(always)]
-pub(crate) fn walk<V: Vector, T: Element>(
+pub(crate) fn walk<V: Vector>(
     shape: &Shape,
-    keys: &Cache<'_, T>,
-    mem: Option<&Cache<'_, T>>,
+    keys: &Cache<'_>,
+    mem: Option<&Cache<'_>>,
     piece: &Piece,
     kv_head: usize,
-    visit: &mut impl Visit<T>,
+    visit: &mut impl Visit,
 ) {
     let span = &piece.span;
     let kv_head = mutate!("attend-gqa", kv_head, kv_head * shape.group() % shape.kv_heads());

@@ -5,10 +5,10 @@
 //! threads busy, a head's splits are dealt out to several tasks, each leaves what it has in shared scratch memory, and the tasks of a second phase join
 //! it; else one task joins them as it goes. Whoever does, the arithmetic is the same.
 
-use super::rows::{Band, FewRows, RowsOverTile, Run};
-use super::{Kernel, RowGroup};
-use crate::memory::{Cache, Input};
-use crate::pack::{self, Convert};
+use super::rows::{Band, RowsInBands, RowsOverTile};
+use super::{Job, Kernel, RowGroup};
+use crate::memory::{Cache, Elements, Input};
+use crate::pack;
 use crate::parallel::Task;
 use crate::parallel::output::{Output, Owner};
 use crate::softmax::{Softmax, join};
@@ -48,7 +48,7 @@ pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 16] {
 }
 
 /// The most splits of any stream of few tokens.
-pub(super) fn most_splits<T: Convert>(shape: &Shape, spans: &SpanSource<'_>, mem: Option<&Cache<'_, T>>) -> usize {
+pub(super) fn most_splits(shape: &Shape, spans: &SpanSource<'_>, mem: Option<&Cache<'_>>) -> usize {
     let spans = (0..spans.batch()).map(|n| spans.get(n)).filter(|span| Tile::is_few(shape, span.len as usize));
     let pieces = spans.flat_map(|span| Piece::of_rows(shape, span, 0..span.len as usize));
     pieces.map(|piece| Splits::of(tiles(shape, mem, &piece)).count).max().unwrap_or(1).max(1)
@@ -129,22 +129,43 @@ struct Buffers<'s> {
     m: &'s mut [f32],
 }
 
-/// Few rows of a stream and kv head.
-pub(super) struct Few<'a, 's, T> {
-    kernel: &'a Kernel<'a, T>,
-    rows: &'a RowGroup<'a, T>,
+/// A task on its worker: few rows and some splits of their keys.
+pub(super) struct FewRows<'a, 's> {
+    pub kernel: &'a Kernel<'a>,
+    pub job: Job<'a>,
     /// What splits leave, where a head has several tasks.
+    pub partials: Option<&'a Output<'a>>,
+    pub task: &'s mut Task,
+    pub scratch: &'s mut [f32],
+}
+
+impl Body for FewRows<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let FewRows { kernel, job, partials, task, scratch } = self;
+        let splits = match job.memory {
+            Some(_) => 0..MAX_SPLITS,
+            None => task.tile() * kernel.splits..(task.tile() + 1) * kernel.splits,
+        };
+        let mut few = Few::new(kernel, job.rows, partials, scratch);
+        for piece in job.pieces(kernel.shape, task.span()) {
+            few.piece::<V>(task, &piece, splits.clone());
+        }
+    }
+}
+
+/// Few rows of a stream and kv head.
+struct Few<'a, 's> {
+    kernel: &'a Kernel<'a>,
+    rows: &'a RowGroup<'a>,
     partials: Option<&'a Output<'a>>,
     b: Buffers<'s>,
 }
 
-impl<'a, 's, T: Convert> Few<'a, 's, T> {
-    pub fn new(
-        kernel: &'a Kernel<'a, T>,
-        rows: &'a RowGroup<'a, T>,
-        partials: Option<&'a Output<'a>>,
-        scratch: &'s mut [f32],
-    ) -> Self {
+impl<'a, 's> Few<'a, 's> {
+    fn new(kernel: &'a Kernel<'a>, rows: &'a RowGroup<'a>, partials: Option<&'a Output<'a>>, scratch: &'s mut [f32]) -> Self {
         let [q, acc, row_max, row_sum, split, split_max, split_sum, k, v, s, panel, sigma_q, read, shares, stage, m] =
             carve(scratch, self::scratch(kernel.shape, kernel.tile));
         let whole = Sums { acc, row_max, row_sum };
@@ -154,7 +175,7 @@ impl<'a, 's, T: Convert> Few<'a, 's, T> {
 
     /// Splits `splits` of a piece: ends its rows if these are all that there are, else leaves what they have for [`JoinSplits`].
     #[inline(always)]
-    pub fn piece<V: Vector>(&mut self, task: &mut Task, piece: &Piece, splits: Range<usize>) {
+    fn piece<V: Vector>(&mut self, task: &mut Task, piece: &Piece, splits: Range<usize>) {
         let Kernel { shape, tile, keys, mem, sign, .. } = self.kernel;
         let all = Splits::of(tiles(shape, mem.as_ref(), piece));
         let is_whole = splits.start == 0 && all.count <= splits.end;
@@ -163,23 +184,23 @@ impl<'a, 's, T: Convert> Few<'a, 's, T> {
         }
         let (count, head) = (piece.tokens * shape.group(), [task.n(), task.group()]);
         for (r, q) in self.b.q.chunks_exact_mut(tile.dp).take(count).enumerate() {
-            pack::row::<V, T>(self.rows.q.row(piece.at(shape, head, r)), q);
+            pack::row::<V>(self.rows.q.row(piece.at(shape, head, r)), q);
             for q in q.chunks_exact_mut(V::LANES) {
                 V::load(q).mul(V::splat(*sign)).store(q);
             }
         }
         self.b.whole.clear(count, tile.dp);
         let mut of_splits = OfSplits { few: self, task, piece, count, is_whole, splits, tiles: all.tiles, tile: 0, split: None };
-        walk::<V, T>(shape, keys, mem.as_ref(), piece, head[1], &mut of_splits);
+        walk::<V>(shape, keys, mem.as_ref(), piece, head[1], &mut of_splits);
         of_splits.close::<V>();
         if is_whole {
-            self.finish::<V>(task, piece, count);
+            V::run(Finish { few: self, task, piece, count });
         }
     }
 
     /// A tile of keys, for all rows.
     #[inline(always)]
-    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_, T>, tokens: usize) {
+    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>, tokens: usize) {
         let (d, dp, group) = (self.kernel.shape.head_dim(), self.kernel.tile.dp, self.kernel.shape.group());
         let keys = (tile.range.end - tile.range.start) as usize;
         let mut bands: [Band; FEW_ROWS] = Default::default();
@@ -194,24 +215,30 @@ impl<'a, 's, T: Convert> Few<'a, 's, T> {
         };
         let Buffers { q, split, k: k_rows, v: v_rows, s, .. } = &mut self.b;
         let Sums { acc, row_max, row_sum } = split;
-        let rows = FewRows { q, dp, unit: self.kernel.unit, bands, s, acc, row_max, row_sum };
+        let rows = RowsInBands { q, dp, unit: self.kernel.unit, bands, s, acc, row_max, row_sum };
         let (of_k, of_v) = &tile.rows;
         // Where rows are taken one by one, each would widen the keys anew.
-        let in_place = d.is_multiple_of(V::LANES) && (V::MR > 1 || T::as_f32(&[]).is_some());
-        match (of_k.run(tile.range.start, keys), of_v.run(tile.range.start, keys)) {
-            (Some(k), Some(v)) if in_place => {
-                let [k, v] = [k, v].map(|(data, stride)| Run { data, stride });
-                V::run(RowsOverTile { rows, k, v, keys, width: d });
-            }
-            _ => {
-                for (i, t) in tile.range.clone().enumerate() {
-                    pack::row::<V, T>(of_k.get(t), &mut k_rows[i * dp..][..dp]);
-                    pack::row::<V, T>(of_v.get(t), &mut v_rows[i * dp..][..dp]);
+        let widens = V::MR > 1;
+        if let (Some((k, k_stride)), Some((v, v_stride))) = (of_k.run(tile.range.start, keys), of_v.run(tile.range.start, keys))
+            && d.is_multiple_of(V::LANES)
+        {
+            let strides = [k_stride, v_stride];
+            match (k, v) {
+                (Elements::F32(k), Elements::F32(v)) => return V::run(RowsOverTile::new(rows, [k, v], strides, keys, d)),
+                (Elements::F16(k), Elements::F16(v)) if widens => {
+                    return V::run(RowsOverTile::new(rows, [k, v], strides, keys, d));
                 }
-                let [k, v] = [k_rows, v_rows].map(|data| Run { data, stride: dp });
-                V::run(RowsOverTile { rows, k, v, keys, width: d.next_multiple_of(V::LANES) });
+                (Elements::Bf16(k), Elements::Bf16(v)) if widens => {
+                    return V::run(RowsOverTile::new(rows, [k, v], strides, keys, d));
+                }
+                _ => {}
             }
         }
+        for (i, t) in tile.range.clone().enumerate() {
+            pack::row::<V>(of_k.get(t), &mut k_rows[i * dp..][..dp]);
+            pack::row::<V>(of_v.get(t), &mut v_rows[i * dp..][..dp]);
+        }
+        V::run(RowsOverTile::new(rows, [k_rows, v_rows], [dp; 2], keys, d.next_multiple_of(V::LANES)));
     }
 
     /// Joins what one more split has left in `b.split` to those before it.
@@ -223,11 +250,23 @@ impl<'a, 's, T: Convert> Few<'a, 's, T> {
             _ => whole.join::<V>(other, count, self.kernel.tile.dp, self.kernel.unit),
         }
     }
+}
 
-    /// Weighs the rows and writes them.
+/// Weighs the rows of a piece and writes them.
+struct Finish<'f, 'a, 's> {
+    few: &'f mut Few<'a, 's>,
+    task: &'f mut Task,
+    piece: &'f Piece,
+    count: usize,
+}
+
+impl Body for Finish<'_, '_, '_> {
+    type Output = ();
+
     #[inline(always)]
-    fn finish<V: Vector>(&mut self, task: &mut Task, piece: &Piece, count: usize) {
-        let Few { kernel, rows, b, .. } = self;
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let Finish { few, task, piece, count } = self;
+        let Few { kernel, rows, b, .. } = few;
         let (shape, dp, d, head) = (kernel.shape, kernel.tile.dp, kernel.shape.head_dim(), [task.n(), task.group()]);
         let at = |r: usize| piece.at(shape, head, r);
         let infini = kernel.infini.as_ref().filter(|_| !piece.is_memory);
@@ -252,7 +291,7 @@ impl<'a, 's, T: Convert> Few<'a, 's, T> {
         let (width, heads) = (V::MR * V::LANES, head[1] * shape.group()..(head[1] + 1) * shape.group());
         for first in (0..count).step_by(width) {
             let (end, panel) = (count.min(first + width), &mut b.panel[..width * dp]);
-            pack::panel::<V, f32, f32>(|r| &b.whole.acc[(first + r) * dp..][..dp], end - first, 1.0, panel);
+            pack::panel::<V, f32>(|r| Elements::F32(&b.whole.acc[(first + r) * dp..][..dp]), end - first, 1.0, panel);
             let row = |r: usize| mutate!("infini-rotated-query", state.q.row(at(r)), rows.q.row(at(r)));
             let buffers = [&mut *b.sigma_q, &mut *b.read, &mut *b.m, &mut *b.shares];
             state.gate_panel::<V>(&piece.span, piece.i, heads.clone(), first..end, row, buffers, panel);
@@ -262,8 +301,8 @@ impl<'a, 's, T: Convert> Few<'a, 's, T> {
 }
 
 /// The tiles of a piece of few rows, split by split.
-struct OfSplits<'f, 'a, 's, 't, T> {
-    few: &'f mut Few<'a, 's, T>,
+struct OfSplits<'f, 'a, 's, 't> {
+    few: &'f mut Few<'a, 's>,
     task: &'t mut Task,
     piece: &'t Piece,
     count: usize,
@@ -277,7 +316,7 @@ struct OfSplits<'f, 'a, 's, 't, T> {
     split: Option<usize>,
 }
 
-impl<T: Convert> OfSplits<'_, '_, '_, '_, T> {
+impl OfSplits<'_, '_, '_, '_> {
     /// Ends the current split.
     #[inline(always)]
     fn close<V: Vector>(&mut self) {
@@ -297,9 +336,9 @@ impl<T: Convert> OfSplits<'_, '_, '_, '_, T> {
     }
 }
 
-impl<T: Convert> Visit<T> for OfSplits<'_, '_, '_, '_, T> {
+impl Visit for OfSplits<'_, '_, '_, '_> {
     #[inline(always)]
-    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_, T>) {
+    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>) {
         let split = self.tile / self.tiles;
         self.tile += 1;
         if !self.splits.contains(&split) {
@@ -315,14 +354,14 @@ impl<T: Convert> Visit<T> for OfSplits<'_, '_, '_, '_, T> {
 }
 
 /// A task of the second phase: joins the splits of few rows that several tasks have left.
-pub(super) struct JoinSplits<'a, 's, T> {
-    pub kernel: &'a Kernel<'a, T>,
-    pub partials: Input<'a, f32>,
+pub(super) struct JoinSplits<'a, 's> {
+    pub kernel: &'a Kernel<'a>,
+    pub partials: Input<'a>,
     pub task: &'s mut Task,
     pub scratch: &'s mut [f32],
 }
 
-impl<T: Convert> Body for JoinSplits<'_, '_, T> {
+impl Body for JoinSplits<'_, '_> {
     type Output = ();
 
     #[inline(always)]
@@ -342,13 +381,13 @@ impl<T: Convert> Body for JoinSplits<'_, '_, T> {
             let count = piece.tokens * shape.group();
             for split in 0..splits {
                 for r in 0..count {
-                    let partial = partials.row(partial_at(partials.layout(), split, piece.at(shape, head, r)));
+                    let partial = partials.f32(partial_at(partials.layout(), split, piece.at(shape, head, r)));
                     few.b.split.acc[r * dp..][..dp].copy_from_slice(&partial[..dp]);
                     [few.b.split.row_max[r], few.b.split.row_sum[r]] = [partial[dp], partial[dp + 1]];
                 }
                 few.join::<V>(split, count);
             }
-            few.finish::<V>(task, &piece, count);
+            V::run(Finish { few: &mut few, task, piece: &piece, count });
         }
     }
 }

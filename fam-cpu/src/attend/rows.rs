@@ -23,9 +23,9 @@ use std::ops::Range;
 
 /// Keys, or values: rows of whole vectors, `stride` apart.
 #[derive(Clone, Copy)]
-pub(super) struct Run<'a, E> {
-    pub data: &'a [E],
-    pub stride: usize,
+struct Run<'a, E> {
+    data: &'a [E],
+    stride: usize,
 }
 
 impl<E> Run<'_, E> {
@@ -51,7 +51,7 @@ pub(super) struct Band {
 }
 
 /// Few rows, and what they have of the keys so far.
-pub(super) struct FewRows<'a> {
+pub(super) struct RowsInBands<'a> {
     /// `[rows][dp]`, with the sign of the scale, zeros behind the last channel.
     pub q: &'a [f32],
     pub dp: usize,
@@ -70,13 +70,20 @@ pub(super) struct FewRows<'a> {
 
 /// See the file's head.
 pub(super) struct RowsOverTile<'a, E> {
-    pub rows: FewRows<'a>,
-    pub k: Run<'a, E>,
-    pub v: Run<'a, E>,
+    rows: RowsInBands<'a>,
+    k: Run<'a, E>,
+    v: Run<'a, E>,
     /// Keys in the tile.
-    pub keys: usize,
+    keys: usize,
     /// Channels, whole vectors: zeros behind the last.
-    pub width: usize,
+    width: usize,
+}
+
+impl<'a, E> RowsOverTile<'a, E> {
+    /// Keys and values `strides` elements apart, of `width` channels: whole vectors, zeros behind the last.
+    pub fn new(rows: RowsInBands<'a>, [k, v]: [&'a [E]; 2], strides: [usize; 2], keys: usize, width: usize) -> Self {
+        RowsOverTile { rows, k: Run { data: k, stride: strides[0] }, v: Run { data: v, stride: strides[1] }, keys, width }
+    }
 }
 
 impl<E: Convert> Body for RowsOverTile<'_, E> {
@@ -141,7 +148,7 @@ impl<E: Convert> RowsOverTile<'_, E> {
         }
 
         let lanes = rows.start..rows.start + V::LANES;
-        let FewRows { row_max, row_sum, s, unit, .. } = &mut self.rows;
+        let RowsInBands { row_max, row_sum, s, unit, .. } = &mut self.rows;
         let states = [&mut row_max[lanes.clone()], &mut row_sum[lanes]];
         let mut maxima = V::load(states[0]);
         for s in s.chunks_exact(V::LANES).take(step.len()) {

@@ -6,7 +6,7 @@ use crate::walk::KeyTile;
 use std::ops::Range;
 
 /// dV += Pᵀ·dO and dK += dSᵀ·Q: a lane is a channel, and the sums run over rows.
-pub(super) struct KeysBackward<'a, T> {
+pub(super) struct KeysBackward<'a> {
     /// Pᵀ and dSᵀ, `[keys][stride]`.
     pub p: &'a [f32],
     pub d_s: &'a [f32],
@@ -16,13 +16,13 @@ pub(super) struct KeysBackward<'a, T> {
     pub q: &'a [f32],
     pub dp: usize,
     /// Which rows see which keys.
-    pub tile: &'a KeyTile<'a, T>,
+    pub tile: &'a KeyTile<'a>,
     /// Gradients of values and of keys over the scale, `[keys][dp]`, added to.
     pub d_v: &'a mut [f32],
     pub d_k: &'a mut [f32],
 }
 
-impl<T> Body for KeysBackward<'_, T> {
+impl Body for KeysBackward<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -40,7 +40,7 @@ impl<T> Body for KeysBackward<'_, T> {
     }
 }
 
-impl<T> KeysBackward<'_, T> {
+impl KeysBackward<'_> {
     /// Keys `t .. t + N`, over the rows that see one of them.
     #[inline(always)]
     fn keys<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize) {

@@ -1,31 +1,39 @@
 //! A tile of rows, queries or keys, and what it has to do with one state: see [`super`].
 
 use crate::product::{Broadcast, Lanes, product};
-use crate::vector::{Vector, sigma};
+use crate::vector::{Body, Vector, sigma};
 use fam_core::mutate;
 
-/// a = σ(x) m / (σ(x)·z) of rows `x`, `[rows][dp]`, with what the backward pass needs of it: `s`, σ of the rows shifted by a maximum below 0,
-/// and `den` = s·z.
-#[inline(always)]
-pub(super) fn read<V: Vector, const MR: usize, const NR: usize>(
-    x: &[f32],
-    d: usize,
-    m: &[f32],
-    z: &[f32],
-    s: &mut [f32],
-    a: &mut [f32],
-    den: &mut [f32],
-) {
-    let dp = z.len();
-    for ((x, s), den) in x.chunks_exact(dp).zip(s.chunks_exact_mut(dp)).zip(&mut *den) {
-        let largest = x[..d].iter().fold(f32::NEG_INFINITY, |largest, x| largest.max(*x));
-        sigma_row::<V>(x, d, mutate!("infini-backward-unshifted", largest.min(0.0), 0.0), s);
-        *den = dot(s, z);
+/// a = σ(x) m / (σ(x)·z) of rows `x`, `[rows][dp]`, with what the backward pass needs of it.
+pub(super) struct Read<'a> {
+    pub x: &'a [f32],
+    pub d: usize,
+    pub m: &'a [f32],
+    pub z: &'a [f32],
+    /// σ of the rows, shifted by a maximum below 0.
+    pub s: &'a mut [f32],
+    pub a: &'a mut [f32],
+    /// s·z of each row.
+    pub den: &'a mut [f32],
+}
+
+impl Body for Read<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let Read { x, d, m, z, s, a, den } = self;
+        let dp = z.len();
+        for ((x, s), den) in x.chunks_exact(dp).zip(s.chunks_exact_mut(dp)).zip(&mut *den) {
+            let largest = x[..d].iter().fold(f32::NEG_INFINITY, |largest, x| largest.max(*x));
+            sigma_row::<V>(x, d, mutate!("infini-backward-unshifted", largest.min(0.0), 0.0), s);
+            *den = dot(s, z);
+        }
+        let (m, b) = (Lanes { data: m, stride: dp }, Broadcast { data: &*s, i: dp, k: 1 });
+        product::<V, MR, NR>(m, b, [x.len() / dp, dp, d], &mut |r, c, sum: V| {
+            sum.div(V::splat(den[r])).store(&mut a[r * dp + c..]);
+        });
     }
-    let (m, b) = (Lanes { data: m, stride: dp }, Broadcast { data: &*s, i: dp, k: 1 });
-    product::<V, MR, NR>(m, b, [x.len() / dp, dp, d], &mut |r, c, sum: V| {
-        sum.div(V::splat(den[r])).store(&mut a[r * dp + c..]);
-    });
 }
 
 /// σ(x − shift) of the first `d` channels, then 0.
@@ -37,50 +45,53 @@ fn sigma_row<V: Vector>(x: &[f32], d: usize, shift: f32, s: &mut [f32]) {
     s[d..].fill(0.0);
 }
 
-/// Rows that have read, `[rows][dp]`, as [`read`] left them, and their gradients.
-pub(super) struct ReadRows<'a> {
+/// Back through [`Read`]: adds to the gradients of x, m and z.
+pub(super) struct ReadBackward<'a> {
+    /// Rows that have read, `[rows][dp]`, as [`Read`] left them.
     pub x: &'a [f32],
     pub s: &'a [f32],
     pub a: &'a [f32],
     pub den: &'a [f32],
+    pub d: usize,
+    /// m transposed.
+    pub m_t: &'a [f32],
+    pub z: &'a [f32],
     /// Of a; overwritten by d_a / den.
     pub d_a: &'a mut [f32],
-    /// Of x, added to.
     pub d_x: &'a mut [f32],
+    pub d_m: &'a mut [f32],
+    pub d_z: &'a mut [f32],
 }
 
-/// Back through [`read`]: adds to `d_x`, and to the gradients of m and z.
-#[inline(always)]
-pub(super) fn read_backward<V: Vector, const MR: usize, const NR: usize>(
-    rows: ReadRows<'_>,
-    d: usize,
-    m_t: &[f32],
-    z: &[f32],
-    (d_m, d_z): (&mut [f32], &mut [f32]),
-) {
-    let ReadRows { x, s, a, den, d_a, d_x } = rows;
-    let (dp, count) = (z.len(), x.len() / z.len());
-    for (r, d_a) in d_a.chunks_exact_mut(dp).enumerate() {
-        let row = r * dp..(r + 1) * dp;
-        let (s, a) = (&s[row.clone()], &a[row.clone()]);
-        let of_den = mutate!("infini-backward-ratio", dot(d_a, a) / den[r], 0.0);
-        d_a.iter_mut().for_each(|d_a| *d_a /= den[r]);
-        d_z.iter_mut().zip(s).for_each(|(d_z, s)| *d_z -= s * of_den);
-        // −z_i (d_a·a) / den is one term of d_s, taken in front of the sum.
-        let slopes = x[row.clone()].iter().zip(s).map(|(x, s)| slope(*x, *s));
-        for ((d_x, z), slope) in d_x[row].iter_mut().zip(z).zip(slopes) {
-            *d_x -= z * of_den * slope;
+impl Body for ReadBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let ReadBackward { x, s, a, den, d, m_t, z, d_a, d_x, d_m, d_z } = self;
+        let (dp, count) = (z.len(), x.len() / z.len());
+        for (r, d_a) in d_a.chunks_exact_mut(dp).enumerate() {
+            let row = r * dp..(r + 1) * dp;
+            let (s, a) = (&s[row.clone()], &a[row.clone()]);
+            let of_den = mutate!("infini-backward-ratio", dot(d_a, a) / den[r], 0.0);
+            d_a.iter_mut().for_each(|d_a| *d_a /= den[r]);
+            d_z.iter_mut().zip(s).for_each(|(d_z, s)| *d_z -= s * of_den);
+            // −z_i (d_a·a) / den is one term of d_s, taken in front of the sum.
+            let slopes = x[row.clone()].iter().zip(s).map(|(x, s)| slope(*x, *s));
+            for ((d_x, z), slope) in d_x[row].iter_mut().zip(z).zip(slopes) {
+                *d_x -= z * of_den * slope;
+            }
         }
+        let b = Broadcast { data: &*d_a, i: dp, k: 1 };
+        product::<V, MR, NR>(Lanes { data: m_t, stride: dp }, b, [count, dp, d], &mut |r, c, sum: V| {
+            add_sloped(sum, &x[r * dp + c..], &s[r * dp + c..], &mut d_x[r * dp + c..]);
+        });
+        let b = Broadcast { data: s, i: 1, k: dp };
+        product::<V, MR, NR>(Lanes { data: d_a, stride: dp }, b, [d, dp, count], &mut |i, c, sum: V| {
+            let d_m = &mut d_m[i * dp + c..];
+            V::load(d_m).add(sum).store(d_m);
+        });
     }
-    let b = Broadcast { data: &*d_a, i: dp, k: 1 };
-    product::<V, MR, NR>(Lanes { data: m_t, stride: dp }, b, [count, dp, d], &mut |r, c, sum: V| {
-        add_sloped(sum, &x[r * dp + c..], &s[r * dp + c..], &mut d_x[r * dp + c..]);
-    });
-    let b = Broadcast { data: s, i: 1, k: dp };
-    product::<V, MR, NR>(Lanes { data: d_a, stride: dp }, b, [d, dp, count], &mut |i, c, sum: V| {
-        let d_m = &mut d_m[i * dp + c..];
-        V::load(d_m).add(sum).store(d_m);
-    });
 }
 
 /// dσ/dx, where s is σ(x) or, for a row that was shifted, a multiple of it.
@@ -99,40 +110,44 @@ fn add_sloped<V: Vector>(d_s: V, x: &[f32], s: &[f32], d_x: &mut [f32]) {
     d_s.mul_add(V::load(&slopes), V::load(d_x)).store(d_x);
 }
 
-/// Keys of a segment, what they wrote, and their gradients, `[rows][dp]`.
-pub(super) struct WriteRows<'a> {
+/// Back through m' = m + Σ_t s_tᵀ u_t and z' = z + Σ_t s_t.
+pub(super) struct WriteBackward<'a> {
+    /// Keys of a segment and what they wrote, `[rows][dp]`.
     pub x: &'a [f32],
     pub u: &'a [f32],
+    pub d: usize,
+    /// Gradients of m', the same transposed, and of z'.
+    pub d_m: &'a [f32],
+    pub d_m_t: &'a [f32],
+    pub d_z: &'a [f32],
     /// A buffer for σ(x).
     pub sigma: &'a mut [f32],
-    /// Overwritten.
+    /// Gradients of x and u; overwritten.
     pub d_x: &'a mut [f32],
-    /// Overwritten.
     pub d_u: &'a mut [f32],
 }
 
-/// Back through m' = m + Σ_t s_tᵀ u_t and z' = z + Σ_t s_t.
-#[inline(always)]
-pub(super) fn write_backward<V: Vector, const MR: usize, const NR: usize>(
-    rows: WriteRows<'_>,
-    d: usize,
-    (d_m, d_m_t, d_z): (&[f32], &[f32], &[f32]),
-) {
-    let WriteRows { x, u, sigma, d_x, d_u } = rows;
-    let (dp, count) = (d_z.len(), x.len() / d_z.len());
-    for (x, s) in x.chunks_exact(dp).zip(sigma.chunks_exact_mut(dp)) {
-        sigma_row::<V>(x, d, 0.0, s);
+impl Body for WriteBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let WriteBackward { x, u, d, d_m, d_m_t, d_z, sigma, d_x, d_u } = self;
+        let (dp, count) = (d_z.len(), x.len() / d_z.len());
+        for (x, s) in x.chunks_exact(dp).zip(sigma.chunks_exact_mut(dp)) {
+            sigma_row::<V>(x, d, 0.0, s);
+        }
+        let b = Broadcast { data: &*sigma, i: dp, k: 1 };
+        product::<V, MR, NR>(Lanes { data: d_m, stride: dp }, b, [count, dp, d], &mut |r, c, sum: V| {
+            sum.store(&mut d_u[r * dp + c..])
+        });
+        d_x.fill(0.0);
+        let b = Broadcast { data: u, i: dp, k: 1 };
+        product::<V, MR, NR>(Lanes { data: d_m_t, stride: dp }, b, [count, dp, d], &mut |r, c, sum: V| {
+            let d_s = mutate!("infini-backward-d-z", sum.add(V::load(&d_z[c..])), sum);
+            add_sloped(d_s, &x[r * dp + c..], &sigma[r * dp + c..], &mut d_x[r * dp + c..]);
+        });
     }
-    let b = Broadcast { data: &*sigma, i: dp, k: 1 };
-    product::<V, MR, NR>(Lanes { data: d_m, stride: dp }, b, [count, dp, d], &mut |r, c, sum: V| {
-        sum.store(&mut d_u[r * dp + c..])
-    });
-    d_x.fill(0.0);
-    let b = Broadcast { data: u, i: dp, k: 1 };
-    product::<V, MR, NR>(Lanes { data: d_m_t, stride: dp }, b, [count, dp, d], &mut |r, c, sum: V| {
-        let d_s = mutate!("infini-backward-d-z", sum.add(V::load(&d_z[c..])), sum);
-        add_sloped(d_s, &x[r * dp + c..], &sigma[r * dp + c..], &mut d_x[r * dp + c..]);
-    });
 }
 
 /// to += x, over the elements of `to`.

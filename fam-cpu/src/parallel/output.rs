@@ -1,8 +1,9 @@
 //! Tensors that several tasks write at once, each its own rows.
 
 use super::Task;
+use crate::memory::Elements;
 use crate::pack::{unpack, unpack_row};
-use crate::vector::Vector;
+use crate::vector::{Body, Vector};
 use fam_core::{Dtype, Element, Layout, Memory, ViewMut, bf16, f16};
 use std::marker::PhantomData;
 
@@ -102,11 +103,15 @@ impl<'a> Output<'a> {
     /// Writes a row of f32, rounded once to the output's type.
     #[inline(always)]
     pub fn write<V: Vector>(&self, task: &mut Task, at: [usize; 4], values: &[f32]) {
-        match self.layout.dtype {
-            Dtype::F32 => unpack_row::<V, f32>(values, self.row(task, at)),
-            Dtype::F16 => unpack_row::<V, f16>(values, self.row(task, at)),
-            Dtype::Bf16 => unpack_row::<V, bf16>(values, self.row(task, at)),
-            other => unreachable!("refused when the plan was made: {other}"),
+        V::run(Write { output: self, task, at, values });
+    }
+
+    /// Copies a row of the output's type.
+    pub fn copy(&self, task: &mut Task, at: [usize; 4], from: Elements<'_>) {
+        match from {
+            Elements::F32(from) => self.row(task, at).copy_from_slice(from),
+            Elements::F16(from) => self.row(task, at).copy_from_slice(from),
+            Elements::Bf16(from) => self.row(task, at).copy_from_slice(from),
         }
     }
 
@@ -126,6 +131,29 @@ impl<'a> Output<'a> {
             for (r, row) in (first..count).zip(stage.chunks_exact(dp).take(V::LANES)) {
                 self.write::<V>(task, at(r), &row[..d]);
             }
+        }
+    }
+}
+
+/// [`Output::write`].
+struct Write<'a, 'o> {
+    output: &'a Output<'o>,
+    task: &'a mut Task,
+    at: [usize; 4],
+    values: &'a [f32],
+}
+
+impl Body for Write<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let Write { output, task, at, values } = self;
+        match output.layout.dtype {
+            Dtype::F32 => unpack_row::<V, f32>(values, output.row(task, at)),
+            Dtype::F16 => unpack_row::<V, f16>(values, output.row(task, at)),
+            Dtype::Bf16 => unpack_row::<V, bf16>(values, output.row(task, at)),
+            other => unreachable!("refused when the plan was made: {other}"),
         }
     }
 }
