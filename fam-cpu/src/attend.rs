@@ -49,9 +49,10 @@ pub(crate) fn attend(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scra
     let spec = plan.spec();
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, Some(&args.keys), args.mem.is_some());
-    let tile = plan.tile;
+    let heads = spans.batch() * shape.kv_heads();
+    let tile = plan.tile.for_threads(shape, heads, spans.max_rows(), plan.threads);
     let (keys, mem) = (Cache::tokens(&args.keys, spec)?, args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)));
-    let splits = Splits::of_task(spans.batch() * shape.kv_heads(), plan.threads);
+    let splits = Splits::of_task(heads, plan.threads);
     // Tasks of a head that has more splits than one takes.
     let parts = match &args.rows {
         Some(_) if splits < MAX_SPLITS => decode::most_splits(shape, &spans, mem.as_ref()).div_ceil(splits),
@@ -200,7 +201,7 @@ impl<'a> Kernel<'a> {
         let memory = Piece::of_memory(shape, span, i, first..shape.mem_len().min(first + tokens));
         let job = Job {
             rows: self.mem_rows.as_ref()?,
-            is_few: Tile::is_few(shape, shape.mem_len()),
+            is_few: Tile::has_few_mem_rows(shape),
             tokens: 0..0,
             memory: Some(memory),
         };
@@ -316,6 +317,8 @@ impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
         let lead = tile.lead(F::TERMS);
         let k = Rows::<F>::of::<V>(&tile.rows.0, tile.range.clone(), dp, b.k);
         let v = F::values::<V>(&tile.rows.1, tile.range.clone(), lead, dp, b.v);
+        let keys = lead..lead + (tile.range.end - tile.range.start) as usize;
+        let is_finite = !tile.is_seen_whole() && v.are_finite::<V>(keys.end.div_ceil(F::TERMS), d);
         let (row_max, row_sum) = b.states.split_at_mut(kernel.tile.rows);
         for first in (0..*count).step_by(width) {
             let seen = tile.seen::<V>(first..(*count).min(first + width), lead, b.ranges);
@@ -324,7 +327,8 @@ impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
                 k,
                 v,
                 d,
-                keys: lead..lead + (tile.range.end - tile.range.start) as usize,
+                is_finite,
+                keys: keys.clone(),
                 unit: kernel.unit,
                 seen,
                 ranges: b.ranges.split_at(MAX_WIDTH).into(),

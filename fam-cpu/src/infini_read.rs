@@ -28,9 +28,10 @@ pub(crate) fn scratch(tile: Tile) -> [usize; 6] {
 /// [`fam_core::Backend::infini_read`].
 pub(crate) fn infini_read(plan: &CpuPlan, par: &Par<'_>, args: InfiniRead<'_, [u8]>, scratch: &mut [u8]) -> Result<()> {
     args.validate(plan, scratch)?;
-    let (spec, tile) = (plan.spec(), plan.tile);
+    let spec = plan.spec();
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, None, false);
+    let tile = plan.tile.for_threads(shape, spans.batch() * shape.kv_heads(), spans.max_rows(), plan.threads);
     let tiles = spans.max_rows().div_ceil(tile.tokens);
     let o = Output::new(args.o, Owner::Tile { heads: shape.group(), rows: tile.tokens, tiles, first: 0 });
     let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles, spans: Some(spans), writes_slots: None };

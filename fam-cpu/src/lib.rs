@@ -152,7 +152,7 @@ impl Backend for Cpu {
         Ok(Support::new(spec.ops().iter().map(kernel).collect())
             .scratch_bytes(
                 parallel::scratch_bytes(tile::worker_share(spec), self.threads)
-                    + parallel::shared_bytes(tile::shared(spec, self.threads)) as u64,
+                    .saturating_add(parallel::shared_bytes(tile::shared(spec, self.threads)) as u64),
             )
             .ring_bytes(ring_bytes))
     }

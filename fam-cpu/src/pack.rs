@@ -278,10 +278,14 @@ impl Body for PairsOfKeys<'_, '_> {
             }
             let [first, second] = keys;
             for c in (0..rest).step_by(V::LANES) {
-                V::pair(V::load_bf16(&first[c..]), V::load_bf16(&second[c..])).store(&mut to[c..]);
+                V::interleave(&first[c..], &second[c..]).store(&mut to[c..]);
             }
             if rest < d {
-                V::pair(last_channels::<V, bf16>(first, rest), last_channels::<V, bf16>(second, rest)).store(&mut to[rest..]);
+                let mut last = [[bf16::ZERO; MAX_LANES]; 2];
+                for (last, key) in last.iter_mut().zip(keys) {
+                    last[..d - rest].copy_from_slice(&key[rest..]);
+                }
+                V::interleave(&last[0], &last[1]).store(&mut to[rest..]);
             }
         }
     }
@@ -452,7 +456,14 @@ impl<F: Form> OfType<F> for Copies<'_, '_, F> {
     }
 }
 
-impl<'a, F> Rows<'a, F> {
+impl<'a, F: Factor> Rows<'a, F> {
+    /// Whether the first `count` rows of `d` factors are finite. If what lies between them is not, or they are less than a few vectors, they
+    /// may be taken for what they are not.
+    #[inline(always)]
+    pub fn are_finite<V: Vector>(self, count: usize, d: usize) -> bool {
+        V::run(AreFinite(&self.data[..(count - 1) * self.stride + d]))
+    }
+
     /// Sums over the channels of each row.
     #[inline(always)]
     pub fn over_channels(self) -> Broadcast<'a, F> {
@@ -463,6 +474,32 @@ impl<'a, F> Rows<'a, F> {
     #[inline(always)]
     pub fn over_rows(self) -> Broadcast<'a, F> {
         Broadcast { data: self.data, i: 1, k: self.stride }
+    }
+}
+
+/// Whether factors are finite: 0 times each is 0. Never of less than `CHAINS` vectors.
+struct AreFinite<'a, F>(&'a [F]);
+
+impl<F: Factor> Body for AreFinite<'_, F> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) -> bool {
+        const CHAINS: usize = 8;
+        let step = CHAINS * V::LANES;
+        let Some(last) = self.0.len().checked_sub(step) else { return false };
+        let mut sums = [V::splat(0.0); CHAINS];
+        for at in (0..last).step_by(step).chain([last]) {
+            let x: &[f32] = cast_slice(&self.0[at..at + step]);
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = F::zeroed().add_product(V::load(&x[i * V::LANES..]), *sum);
+            }
+        }
+        let mut lanes = [0.0; MAX_LANES];
+        sums.into_iter().all(|sum| {
+            sum.store(&mut lanes);
+            lanes.iter().all(|x| *x == 0.0)
+        })
     }
 }
 

@@ -10,13 +10,10 @@ use fam_core::{Op, Shape, Spec};
 /// errors with it.
 pub const BLOCK_N: usize = 64;
 
-/// Rows (tokens times query heads of a group) that share packed keys. At 64 packing a key costs little beside a row tile's arithmetic on it
-/// and rows and sums (at D = 64 16 KiB each) stay in L2; 32 packs twice as often, 128 leaves too few tasks for many threads at B = 256.
-const BLOCK_M: usize = 64;
-
-/// The same in `attend_backward`, where tasks are no tiles of rows. Each tile of rows reads its keys again and adds to their gradients; at
-/// D = 64 its rows, five times 32 KiB, and its P and dS, twice 32 KiB, stay in L2.
-const BLOCK_M_BACKWARD: usize = 128;
+/// Rows (tokens times query heads of a group) that share packed keys. At D = 64 q and the sums of so many take 64 KiB and stay in L2, in
+/// `attend_backward`, which adds to a tile's gradients for each tile of rows, its five forms of them and P and dS 224 KiB. `attend` takes
+/// half as many where tasks would be few.
+const BLOCK_M: usize = 128;
 
 /// The largest head_dim: beyond it tiles leave L2, and a wider tile choice would be needed.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
@@ -29,9 +26,12 @@ pub(crate) const MAX_WIDTH: usize = 32;
 /// all terms are equal and each rounding errs to the same side.
 pub(crate) const CHAIN: usize = 64;
 
-/// Most rows of a stream in a call, tokens times query heads of a group, and most memory rows of a block times those, that a lane for each
-/// channel serves better than a lane for each row. Rows that are few, and rows that are not, differ in their last bits.
+/// Most rows of a stream in a call, tokens times query heads of a group, that a lane for each channel serves better than a lane for each row.
+/// Rows that are few, and rows that are not, differ in their last bits.
 pub const FEW_ROWS: usize = 16;
+
+/// The same of a block's memory rows: beside a block of tokens their keys come from a cache, not from memory.
+const FEW_MEM_ROWS: usize = 8;
 
 /// Keys that few rows take at once. A step of keys and one of values are read in turn, and the shorter the turns, the better does memory
 /// deliver both; but each step rescales.
@@ -64,15 +64,15 @@ impl Splits {
     /// Splits for one task, where so many heads (streams times kv heads) are to keep so many threads busy: all of them, if there are four
     /// heads for each thread. More tasks make a second phase, which joins what they leave.
     pub fn of_task(heads: usize, threads: usize) -> usize {
-        match heads >= HEADS_ENOUGH * threads || threads == 1 {
+        match heads >= TASKS_ENOUGH.saturating_mul(threads) || threads == 1 {
             true => MAX_SPLITS,
-            false => MAX_SPLITS.div_ceil((HEADS_ENOUGH * threads).div_ceil(heads.max(1)).min(MAX_SPLITS)),
+            false => MAX_SPLITS.div_ceil(TASKS_ENOUGH.saturating_mul(threads).div_ceil(heads.max(1)).min(MAX_SPLITS)),
         }
     }
 }
 
-/// Heads for each thread from which on no head is cut: the last to finish is then at most a quarter late.
-const HEADS_ENOUGH: usize = 4;
+/// Tasks for each thread from which on there need not be more: the last to finish is then at most a quarter late.
+const TASKS_ENOUGH: usize = 4;
 
 /// How an op is cut into tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,9 +86,14 @@ pub(crate) struct Tile {
 }
 
 impl Tile {
-    /// Whether `rows` tokens, or memory rows, are few.
-    pub fn is_few(shape: &Shape, rows: usize) -> bool {
-        rows * shape.group() <= FEW_ROWS
+    /// Whether the rows of so many tokens are few.
+    pub fn is_few(shape: &Shape, tokens: usize) -> bool {
+        tokens * shape.group() <= FEW_ROWS
+    }
+
+    /// Whether a block's memory rows are few.
+    pub fn has_few_mem_rows(shape: &Shape) -> bool {
+        shape.mem_len() * shape.group() <= FEW_MEM_ROWS
     }
 
     /// The tiles of a shape. A group of more than `BLOCK_M` heads is not cut: its rows share keys best.
@@ -96,9 +101,10 @@ impl Tile {
         Self::of_rows(shape, BLOCK_M)
     }
 
-    /// Those of `attend_backward`.
-    pub fn of_backward(shape: &Shape) -> Self {
-        Self::of_rows(shape, BLOCK_M_BACKWARD)
+    /// These tiles, or half of them where so many heads (streams times kv heads) of so many tokens do not keep so many threads busy.
+    pub fn for_threads(self, shape: &Shape, heads: usize, tokens: usize, threads: usize) -> Self {
+        let is_enough = threads == 1 || heads * tokens.div_ceil(self.tokens) >= TASKS_ENOUGH.saturating_mul(threads);
+        if is_enough { self } else { Self::of_rows(shape, BLOCK_M / 2) }
     }
 
     fn of_rows(shape: &Shape, rows: usize) -> Self {
@@ -116,7 +122,7 @@ pub(crate) fn worker_share(spec: &Spec) -> usize {
         }
         Op::InfiniRead => total(crate::infini_read::scratch(tile)),
         Op::InfiniWrite => total(crate::infini_write::scratch(tile)),
-        Op::AttendBackward => total(crate::attend_backward::scratch(Tile::of_backward(spec.shape()))),
+        Op::AttendBackward => total(crate::attend_backward::scratch(tile)),
         Op::InfiniReadBackward | Op::InfiniWriteBackward => total(crate::infini_backward::scratch(tile)),
         _ => 0,
     });
@@ -127,7 +133,7 @@ pub(crate) fn worker_share(spec: &Spec) -> usize {
 /// per head, in two numbers.
 pub(crate) fn shared(spec: &Spec, threads: usize) -> usize {
     let (shape, has) = (spec.shape(), |op| spec.ops().contains(&op));
-    let heads = (spec.batch() * shape.kv_heads()).min((HEADS_ENOUGH * threads).saturating_sub(1));
+    let heads = (spec.batch() * shape.kv_heads()).min(TASKS_ENOUGH.saturating_mul(threads).saturating_sub(1));
     let splits =
         if has(Op::Attend) && threads > 1 { heads * shape.group() * MAX_SPLITS * few_tokens(spec) * partial(shape) } else { 0 };
     let sums = if has(Op::AttendBackward) || has(Op::InfiniReadBackward) { 2 * spec.batch() * shape.heads() } else { 0 };

@@ -85,6 +85,11 @@ pub(crate) trait Vector: Copy {
         // SAFETY: the slice has them, and any bits are a lane.
         unsafe { Self::load_from(from.as_ptr().cast()) }
     }
+    /// The first `LANES` elements of each as pairs, one of each in a pair.
+    #[inline(always)]
+    fn interleave(first: &[bf16], second: &[bf16]) -> Self {
+        plain::interleave(&first[..Self::LANES], &second[..Self::LANES])
+    }
     /// The columns of the square that the first `LANES` rows are. What comes behind them is of no use.
     fn transpose(rows: [Self; MAX_LANES]) -> [Self; MAX_LANES];
 

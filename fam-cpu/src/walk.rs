@@ -117,6 +117,12 @@ impl KeyTile<'_> {
         in_tile(keys.start)..in_tile(keys.end)
     }
 
+    /// Whether all rows of the piece see all keys of the tile.
+    pub fn is_seen_whole(&self) -> bool {
+        let keys = 0..(self.range.end - self.range.start) as usize;
+        self.visible(0) == keys && self.visible(self.piece.tokens - 1) == keys
+    }
+
     /// The place of the first key where factors hold so many terms ([`crate::product::Factor`]): places are counted from where a factor
     /// begins. Like tiles, factors begin at places that depend on their distance to the row's block alone.
     pub fn lead(&self, terms: usize) -> usize {

@@ -25,6 +25,8 @@ pub(super) struct PanelOverTile<'a, F> {
     pub k: Rows<'a, F>,
     pub v: Rows<'a, F>,
     pub d: usize,
+    /// Whether all values are known to be finite.
+    pub is_finite: bool,
     /// Places of the tile's keys: t counts from where factors of keys begin.
     pub keys: Range<usize>,
     /// |scale|.
@@ -73,12 +75,22 @@ impl<F: Factor> Body for PanelOverTile<'_, F> {
             }
         }
 
-        let seen = &self.seen[..MR];
-        if seen.iter().all(|s| *s == seen[0] && s.any == s.all) {
-            self.values::<V, MR, MR, NR>(0, before);
+        let is_whole = self.seen[..MR].iter().all(|s| s.any == s.all && s.any == any);
+        if is_whole || self.is_finite {
+            // What a row does not see weighs 0, and 0 times a finite value is nothing.
+            let factors = any.start / F::TERMS..any.end.div_ceil(F::TERMS);
+            for j in 0..MR {
+                let keys = &self.seen[j].any;
+                let written = keys.start / F::TERMS..keys.end.div_ceil(F::TERMS);
+                for i in factors.clone().filter(|i| !written.contains(i)) {
+                    V::splat(0.0).store(&mut self.s[(i * MR + j) * V::LANES..]);
+                }
+            }
+            self.values::<V, MR, MR, NR>(0, before, &(factors.clone(), factors));
         } else {
             for (j, before) in before.into_iter().enumerate() {
-                self.values::<V, MR, 1, NR>(j, [before]);
+                let factors = self.factors_of(j);
+                self.values::<V, MR, 1, NR>(j, [before], &factors);
             }
         }
     }
@@ -145,49 +157,63 @@ impl<F: Factor> PanelOverTile<'_, F> {
         }
     }
 
-    /// Rescales the sums of `M` vectors from vector `first` on and adds the tile's, each row's over the keys that it sees alone: the value
-    /// of another may be NaN.
+    /// Factors that some row of vector `j` sees, and those whose keys all see, or nobody: beyond the tile's ends are zeros.
+    fn factors_of(&self, j: usize) -> (Range<usize>, Range<usize>) {
+        let Seen { any, all } = &self.seen[j];
+        let (begin, end) = (any.start / F::TERMS, any.end.div_ceil(F::TERMS));
+        let from = if all.start == self.keys.start { all.start / F::TERMS } else { all.start.div_ceil(F::TERMS) };
+        let until = if all.end == self.keys.end { all.end.div_ceil(F::TERMS) } else { all.end / F::TERMS };
+        (begin..end, if from < until { from..until } else { end..end })
+    }
+
+    /// Rescales the sums of `M` vectors from vector `first` on and adds the tile's over `factors`: the first ones, but of those that are not
+    /// among the second each row's over the keys that it sees alone, since the value of another may be NaN.
     #[inline(always)]
-    fn values<V: Vector, const MR: usize, const M: usize, const NR: usize>(&mut self, first: usize, before: [V; M]) {
-        if self.seen[first].any.is_empty() {
+    fn values<V: Vector, const MR: usize, const M: usize, const NR: usize>(
+        &mut self,
+        first: usize,
+        before: [V; M],
+        factors: &(Range<usize>, Range<usize>),
+    ) {
+        if factors.0.is_empty() {
             return;
         }
         let mut c = 0;
         while c + NR <= self.d {
-            self.values_of::<V, MR, M, NR>(first, c, before);
+            self.values_of::<V, MR, M, NR>(first, c, before, factors);
             c += NR;
         }
         while c < self.d {
-            self.values_of::<V, MR, M, 1>(first, c, before);
+            self.values_of::<V, MR, M, 1>(first, c, before, factors);
             c += 1;
         }
     }
 
     /// The same for channels `c .. c + N`.
     #[inline(always)]
-    fn values_of<V: Vector, const MR: usize, const M: usize, const N: usize>(&mut self, first: usize, c: usize, before: [V; M]) {
+    fn values_of<V: Vector, const MR: usize, const M: usize, const N: usize>(
+        &mut self,
+        first: usize,
+        c: usize,
+        before: [V; M],
+        (some, whole): &(Range<usize>, Range<usize>),
+    ) {
         let (width, lanes) = (MR * V::LANES, first * V::LANES);
         let p = Lanes { data: cast_slice(&self.s[lanes..]), stride: width };
         let v = self.v.over_rows().skip(c);
         // A tile's sums are a chain of their own: chains of 64 err less than one of all keys.
         let mut sum = zero::<V, M, N>();
-        let Seen { any, all } = &self.seen[first];
-        let (begin, end) = (any.start / F::TERMS, any.end.div_ceil(F::TERMS));
-        // Factors whose keys all rows see, or nobody: beyond the tile's ends are zeros.
-        let from = if all.start == self.keys.start { all.start / F::TERMS } else { all.start.div_ceil(F::TERMS) };
-        let until = if all.end == self.keys.end { all.end.div_ceil(F::TERMS) } else { all.end / F::TERMS };
-        let whole = if from < until { from..until } else { end..end };
-        if whole == (begin..end) {
-            accumulate(p, v, whole, &All, &mut sum);
+        if whole == some {
+            accumulate(p, v, whole.clone(), &All, &mut sum);
         } else {
             let mut within = Within { first: [V::splat(0.0); M], end: [V::splat(0.0); M] };
             for j in 0..M {
                 within.first[j] = V::load(&self.ranges[0][lanes + j * V::LANES..]);
                 within.end[j] = V::load(&self.ranges[1][lanes + j * V::LANES..]);
             }
-            accumulate(p, v, begin..whole.start, &within, &mut sum);
+            accumulate(p, v, some.start..whole.start, &within, &mut sum);
             accumulate(p, v, whole.clone(), &All, &mut sum);
-            accumulate(p, v, whole.end..end, &within, &mut sum);
+            accumulate(p, v, whole.end..some.end, &within, &mut sum);
         }
         let acc = &mut self.acc[c * width + lanes..];
         let acc_before: [[V; M]; N] = load(acc, width);

@@ -38,7 +38,7 @@ impl<E> Run<'_, E> {
     /// How many bytes behind a row that is read, row by row, is the one of `next` that will be read so many steps later.
     #[inline(always)]
     fn ahead(&self, next: &Self, steps: usize) -> usize {
-        let row = next.data.as_ptr().wrapping_add(steps * STEP * next.stride);
+        let row = next.data.as_ptr().wrapping_add((steps * STEP).wrapping_mul(next.stride));
         (row as usize).wrapping_sub(self.data.as_ptr() as usize)
     }
 }

@@ -93,6 +93,15 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
         });
     }
     #[inline(always)]
+    fn interleave(first: &[bf16], second: &[bf16]) -> Self {
+        let (first, second) = (&first[..16], &second[..16]);
+        Avx512(simd!({
+            let first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first.as_ptr().cast()));
+            let second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(second.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32::<16>(second)))
+        }))
+    }
+    #[inline(always)]
     fn transpose(rows: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
         let mut r = [rows[0].0; 16];
         for i in 0..16 {

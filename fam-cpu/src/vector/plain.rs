@@ -12,6 +12,16 @@ pub(crate) fn pair<V: Vector>(first: V, second: V) -> V {
     })
 }
 
+/// [`Vector::interleave`].
+#[inline(always)]
+pub(crate) fn interleave<V: Vector>(first: &[bf16], second: &[bf16]) -> V {
+    let mut out = [0.0; MAX_LANES];
+    for (out, (first, second)) in out.iter_mut().zip(first.iter().zip(second)) {
+        *out = f32::from_bits(u32::from(first.to_bits()) | u32::from(second.to_bits()) << 16);
+    }
+    V::load(&out)
+}
+
 /// [`Vector::dot`].
 #[inline(always)]
 pub(crate) fn dot<V: Vector>(sum: V, x: V, b: V) -> V {
