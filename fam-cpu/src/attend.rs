@@ -198,7 +198,7 @@ impl<'a> Kernel<'a> {
             return Some(Job { rows: self.rows.as_ref()?, is_few, tokens, memory: None });
         };
         let (i, first) = (mem_tile / self.mem_tiles, mem_tile % self.mem_tiles * tokens);
-        let memory = Piece::of_memory(shape, span, i, first..shape.mem_len().min(first + tokens));
+        let memory = Piece::new(shape, span, i, first..shape.mem_len().min(first + tokens), true);
         let job = Job {
             rows: self.mem_rows.as_ref()?,
             is_few: Tile::has_few_mem_rows(shape),

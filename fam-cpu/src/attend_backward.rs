@@ -185,8 +185,8 @@ impl Body for StreamOfRows<'_, '_> {
             for (rows, is_memory, of_block) in [(&kernel.rows, false, in_block), (&kernel.mem_rows, true, 0..shape.mem_len())] {
                 let Some(rows) = rows else { continue };
                 for first in of_block.clone().step_by(tile.tokens) {
-                    let tokens = tile.tokens.min(of_block.end - first);
-                    kernel.piece::<V>(task, &Piece { span, i, block, first, tokens, is_memory }, rows, &mut b);
+                    let tile = first..of_block.end.min(first + tile.tokens);
+                    kernel.piece::<V>(task, &Piece::new(shape, span, i, tile, is_memory), rows, &mut b);
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 use bytemuck::Pod;
 use fam_core::{Dtype, Error, Keys, Layout, Result, Spec, View, bf16, f16, mutate};
+use std::ops::Range;
 
 /// Elements of any dtype.
 #[derive(Clone, Copy, Debug)]
@@ -129,7 +130,15 @@ impl<'a> HeadRows<'a> {
     #[inline(always)]
     fn row(&self, index: u64) -> u64 {
         let index = mutate!("attend-index-32-bit", index, index & 0xffff_ffff);
-        mutate!("attend-ring-wrap", index % self.wrap, index.min(self.wrap - 1))
+        // A division takes as long as copying a row.
+        let reduced = if index < self.wrap { index } else { index % self.wrap };
+        mutate!("attend-ring-wrap", reduced, index.min(self.wrap - 1))
+    }
+
+    /// The same rows by numbers that do not wrap before a ring's end.
+    pub fn reduced(&self, rows: Range<u64>) -> Range<u64> {
+        let first = self.row(rows.start);
+        first..first + (rows.end - rows.start)
     }
 
     /// Row number `index`.

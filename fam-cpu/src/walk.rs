@@ -13,7 +13,7 @@
 use crate::memory::{Cache, HeadRows};
 use crate::tile::{BLOCK_N, MAX_MR, MAX_WIDTH};
 use crate::vector::Vector;
-use fam_core::{Shape, Span, mutate};
+use fam_core::{Shape, Span, Window, mutate};
 use std::ops::Range;
 
 /// Rows of one tile in one block. Row `r` is query head `r mod group` of the group, of token (or memory row) `first + r / group`.
@@ -23,7 +23,9 @@ pub(crate) struct Piece {
     /// Block of the call.
     pub i: usize,
     /// Position of the block's first token.
-    pub block: u64,
+    block: u64,
+    /// Position of the first key that the first token sees: with a window of blocks they all do.
+    window: u64,
     /// First token, counted from the call's first; or first memory row.
     pub first: usize,
     pub tokens: usize,
@@ -31,26 +33,26 @@ pub(crate) struct Piece {
 }
 
 impl Piece {
-    /// Tokens `rows` of a span, counted from its first, block by block.
+    /// Tokens `rows` of a span, counted from its first, or memory rows `rows`, in block `i` of the call.
+    pub fn new(shape: &Shape, span: Span, i: usize, rows: Range<usize>, is_memory: bool) -> Piece {
+        let block_len = shape.block_len() as u64;
+        let block = (span.start / block_len + i as u64) * block_len;
+        let window = span.window_first(if is_memory { block } else { span.start + rows.start as u64 }, shape);
+        Piece { span, i, block, window, first: rows.start, tokens: rows.len(), is_memory }
+    }
+
+    /// Tokens `rows` of a span, block by block.
     pub fn of_rows(shape: &Shape, span: Span, rows: Range<usize>) -> impl Iterator<Item = Piece> {
         let block_len = shape.block_len() as u64;
         let mut first = rows.start;
         std::iter::from_fn(move || {
             let position = span.start + first as u64;
-            let block = position / block_len * block_len;
-            let i = (block / block_len - span.start / block_len) as usize;
-            let tokens = rows.end.saturating_sub(first).min((block + block_len - position) as usize);
-            let piece = Piece { span, i, block, first, tokens, is_memory: false };
-            first += tokens;
-            (tokens > 0).then_some(piece)
+            let i = (position / block_len - span.start / block_len) as usize;
+            let end = rows.end.min(first + (block_len - position % block_len) as usize);
+            let piece = (first < end).then(|| Piece::new(shape, span, i, first..end, false));
+            first = end;
+            piece
         })
-    }
-
-    /// Memory rows `rows` of the span's block `i`.
-    pub fn of_memory(shape: &Shape, span: Span, i: usize, rows: Range<usize>) -> Piece {
-        let block_len = shape.block_len() as u64;
-        let block = (span.start / block_len + i as u64) * block_len;
-        Piece { span, i, block, first: rows.start, tokens: rows.len(), is_memory: true }
     }
 
     /// Row `r` of a stream and kv head, in the tensors of its kind.
@@ -67,25 +69,28 @@ impl Piece {
         if self.is_memory {
             let keys = span.block_keys(self.i, block_len);
             let (first, end) = (from_block(keys.start), from_block(keys.end));
-            let first = mutate!("attend-mem-rows-window", first, first.min(from_block(span.window_first(self.block, shape))));
+            let first = mutate!("attend-mem-rows-window", first, first.min(from_block(self.window)));
             return first..mutate!("attend-mem-rows-causal", end, end.min((self.first + t) as i64 + 1));
         }
         let position = span.start + (self.first + t) as u64;
-        let first = from_block(span.window_first(position, shape));
+        let first = from_block(match shape.window() {
+            Window::Blocks(_) => self.window,
+            _ => span.window_first(position, shape),
+        });
         let end = from_block(position + 1);
         let first = mutate!("attend-window-block", first, (first + block_len as i64).min(first.max(0)));
         let first = mutate!(
             "attend-window-tokens",
             first,
             match shape.window() {
-                fam_core::Window::Blocks(m) => first.max(end - 1 - (m * block_len) as i64),
+                Window::Blocks(m) => first.max(end - 1 - (m * block_len) as i64),
                 _ => first,
             }
         );
         let first = mutate!(
             "attend-token-window",
             first,
-            if shape.window() == fam_core::Window::Tokens(1) { first } else { (first + 1).min(end - 1) }
+            if shape.window() == Window::Tokens(1) { first } else { (first + 1).min(end - 1) }
         );
         first..mutate!("attend-dropped-key", end, (first + 1).max(end - 1))
     }
@@ -257,7 +262,7 @@ pub(crate) fn walk<V: Vector>(
             let (from, until) = (seen(0).start.max(x), seen(piece.tokens - 1).end.min(x + step));
             if from < until {
                 let number = |x: i64| row.wrapping_add(x.cast_unsigned());
-                let (range, memory) = (number(from)..number(until), memory.cloned());
+                let (range, memory) = (rows.0.reduced(number(from)..number(until)), memory.cloned());
                 visit.tile::<V>(&KeyTile {
                     rows,
                     range,

@@ -51,8 +51,8 @@ impl Owner {
             Owner::First => task.slot == Some(batch) && task.group == 0 && task.tile == 0,
             Owner::Ring { rows, capacity } => {
                 let first = ((task.span.start - task.span.origin) % capacity as u64) as usize;
-                let token = (row + capacity - first) % capacity;
-                task.slot == Some(batch) && task.group == 0 && row < capacity && token / rows == task.tile
+                let token = if row < first { row + capacity - first } else { row - first };
+                task.slot == Some(batch) && task.group == 0 && row < capacity && is_part(token, task.tile, rows)
             }
         }
     }
