@@ -199,12 +199,8 @@ impl<'a> Kernel<'a> {
         };
         let (i, first) = (mem_tile / self.mem_tiles, mem_tile % self.mem_tiles * tokens);
         let memory = Piece::new(shape, span, i, first..shape.mem_len().min(first + tokens), true);
-        let job = Job {
-            rows: self.mem_rows.as_ref()?,
-            is_few: Tile::has_few_mem_rows(shape),
-            tokens: 0..0,
-            memory: Some(memory),
-        };
+        let job =
+            Job { rows: self.mem_rows.as_ref()?, is_few: Tile::has_few_mem_rows(shape), tokens: 0..0, memory: Some(memory) };
         (i < span.blocks(shape.block_len())).then_some(job)
     }
 }
@@ -237,9 +233,9 @@ impl Kernel<'_> {
         let (shape, dp, width) = (self.shape, self.tile.dp, V::MR * V::LANES);
         let (n, kv_head, group) = (task.n(), task.group(), shape.group());
         let (count, size) = (piece.tokens * group, dp * width);
-        let at = |r: usize| piece.at(shape, [n, kv_head], r);
+        let places = |r: usize| piece.places(shape, [n, kv_head], r);
         for (q, first) in b.q.chunks_exact_mut(size).zip((0..count).step_by(width)) {
-            pack::panel::<V, F>(|r| rows.q.row(at(first + r)), width.min(count - first), self.sign, q);
+            pack::panel::<V, F>(places(first).map(|at| rows.q.row(at)), width.min(count - first), self.sign, q);
         }
         let (row_max, row_sum) = b.states.split_at_mut(self.tile.rows);
         let fresh = mutate!("attend-stale-row", self.tile.rows, 1);
@@ -254,9 +250,9 @@ impl Kernel<'_> {
             let count = width.min(count - first);
             let acc = &mut b.acc[first * dp..][..size];
             let weights = &mut b.ranges[..width];
-            for r in 0..count {
+            for (r, at) in (0..count).zip(places(first)) {
                 let (row_max, row_sum) = (b.states[first + r], b.states[self.tile.rows + first + r]);
-                let weight = self.weigh::<V>(task, rows, at(first + r), Softmax { row_max, row_sum });
+                let weight = self.weigh::<V>(task, rows, at, Softmax { row_max, row_sum });
                 if weight.is_none() {
                     acc.iter_mut().skip(r).step_by(width).for_each(|o| *o = 0.0);
                 }
@@ -270,15 +266,15 @@ impl Kernel<'_> {
                 }
             }
             if let (Some(o_local), false) = (&self.o_local, piece.is_memory) {
-                o_local.write_panel::<V>(task, acc, count, b.stage, |r| at(first + r));
+                o_local.write_panel::<V>(task, acc, count, b.stage, places(first));
             }
             if let (Some(state), false) = (&self.infini, piece.is_memory) {
-                let row = |r: usize| mutate!("infini-rotated-query", state.q.row(at(r)), rows.q.row(at(r)));
+                let row = |at| mutate!("infini-rotated-query", state.q.row(at), rows.q.row(at));
                 let heads = kv_head * group..(kv_head + 1) * group;
                 let buffers = [&mut *b.sigma_q, &mut *b.read, &mut *b.m, &mut *b.ranges];
-                state.gate_panel::<V>(&piece.span, piece.i, heads, first..first + count, row, buffers, acc);
+                state.gate_panel::<V>(&piece.span, piece.i, heads, first..first + count, places(first).map(row), buffers, acc);
             }
-            rows.o.write_panel::<V>(task, acc, count, b.stage, |r| at(first + r));
+            rows.o.write_panel::<V>(task, acc, count, b.stage, places(first));
         }
     }
 
@@ -318,7 +314,7 @@ impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
         let k = Rows::<F>::of::<V>(&tile.rows.0, tile.range.clone(), dp, b.k);
         let v = F::values::<V>(&tile.rows.1, tile.range.clone(), lead, dp, b.v);
         let keys = lead..lead + (tile.range.end - tile.range.start) as usize;
-        let is_finite = !tile.is_seen_whole() && v.are_finite::<V>(keys.end.div_ceil(F::TERMS), d);
+        let is_finite = !tile.is_whole && v.are_finite::<V>(keys.end.div_ceil(F::TERMS), d);
         let (row_max, row_sum) = b.states.split_at_mut(kernel.tile.rows);
         for first in (0..*count).step_by(width) {
             let seen = tile.seen::<V>(first..(*count).min(first + width), lead, b.ranges);

@@ -199,15 +199,15 @@ impl Kernel<'_> {
         let (shape, dp, width) = (self.shape, self.tile.dp, V::MR * V::LANES);
         let (n, kv_head, group, d) = (task.n(), task.group(), shape.group(), shape.head_dim());
         let count = piece.tokens * group;
-        let at = |r: usize| piece.at(shape, [n, kv_head], r);
+        let places = |r: usize| piece.places(shape, [n, kv_head], r);
 
         // 1. Rows, and δ of each.
         let (lse, delta) = b.states.split_at_mut(self.tile.rows);
         // Absent rows of a panel weigh nothing.
         lse.fill(f32::INFINITY);
         delta.fill(0.0);
-        for r in 0..count {
-            let (row, at) = (r * dp..(r + 1) * dp, at(r));
+        for (r, at) in (0..count).zip(places(0)) {
+            let row = r * dp..(r + 1) * dp;
             // o is not needed after this: its place is that of q.
             let (o, d_o) = (&mut b.q_rows[row.clone()], &mut b.d_o_rows[row]);
             pack::row::<V>(rows.o.row(at), o);
@@ -229,8 +229,8 @@ impl Kernel<'_> {
         for ((q, d_o), first) in panels.zip((0..count).step_by(width)) {
             let count = width.min(count - first);
             let row = |r: usize| (first + r) * dp..(first + r) * dp + d;
-            pack::panel::<V, f32>(|r| Elements::F32(&b.q_rows[row(r)]), count, 1.0, q);
-            pack::panel::<V, f32>(|r| Elements::F32(&b.d_o_rows[row(r)]), count, 1.0, d_o);
+            pack::panel::<V, f32>((0..count).map(|r| Elements::F32(&b.q_rows[row(r)])), count, 1.0, q);
+            pack::panel::<V, f32>((0..count).map(|r| Elements::F32(&b.d_o_rows[row(r)])), count, 1.0, d_o);
         }
         b.d_q[..count.next_multiple_of(width) * dp].fill(0.0);
 
@@ -242,7 +242,7 @@ impl Kernel<'_> {
         for first in (0..count).step_by(width) {
             let panel = &mut b.d_q[first * dp..][..width * dp];
             panel.iter_mut().for_each(|x| *x *= scale);
-            rows.d_q.write_panel::<V>(task, panel, width.min(count - first), b.stage, |r| at(first + r));
+            rows.d_q.write_panel::<V>(task, panel, width.min(count - first), b.stage, places(first));
         }
     }
 }

@@ -16,6 +16,7 @@ use crate::product::{All, Lanes, accumulate, zero};
 use crate::span::SpanSource;
 use crate::tile::{MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector, sigma};
+use crate::walk::Places;
 use fam_core::{InfiniRead, InfiniState, Plan, Result, Shape, Span, mutate};
 use std::ops::Range;
 
@@ -72,14 +73,22 @@ impl Body for TileOfRows<'_, '_> {
             let i = (shape.block(position) - shape.block(span.start)) as usize;
             let in_block = shape.block_len() - (position % shape.block_len() as u64) as usize;
             let tokens = (end - token).min(in_block);
-            let at = |r: usize| [n, 0, token + r / group, heads.start + r % group];
+            let places = |r: usize| Places::new([n, 0, token, heads.start], group, r);
             for first in (0..tokens * group).step_by(width) {
                 let rows = first..(tokens * group).min(first + width);
                 let panel = &mut panel[..width * tile.dp];
-                pack::panel::<V, f32>(|r| o_local.row(at(first + r)), rows.len(), 1.0, panel);
+                pack::panel::<V, f32>(places(first).map(|at| o_local.row(at)), rows.len(), 1.0, panel);
                 let buffers = [&mut *sigma_q, &mut *a, &mut *m, &mut *shares];
-                state.gate_panel::<V>(&span, i, heads.clone(), rows.clone(), |r| state.q.row(at(r)), buffers, panel);
-                o.write_panel::<V>(task, panel, rows.len(), stage, |r| at(first + r));
+                state.gate_panel::<V>(
+                    &span,
+                    i,
+                    heads.clone(),
+                    rows.clone(),
+                    places(first).map(|at| state.q.row(at)),
+                    buffers,
+                    panel,
+                );
+                o.write_panel::<V>(task, panel, rows.len(), stage, places(first));
             }
             token += tokens;
         }
@@ -99,7 +108,7 @@ impl<'a> State<'a> {
         State { q: Input::new(&args.q), m: Input::new(&args.m), z: Input::new(&args.z), beta: Input::new(&args.beta) }
     }
 
-    /// Gates the memory into `o`, a panel of f32 of block `i`: row `r` of `rows` is of head `heads[r mod group]`, `q(r)` are its queries.
+    /// Gates the memory into `o`, a panel of f32 of block `i`: row `r` of `rows` is of head `heads[r mod group]`, `q` are their queries.
     /// The buffers are for panels of σ(q) and of a, for m and for the shares of the gate.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
@@ -109,7 +118,7 @@ impl<'a> State<'a> {
         i: usize,
         heads: Range<usize>,
         rows: Range<usize>,
-        q: impl Fn(usize) -> Elements<'q>,
+        q: impl Iterator<Item = Elements<'q>>,
         [sigma_q, a, m, shares]: [&mut [f32]; 4],
         o: &mut [f32],
     ) {
@@ -119,13 +128,19 @@ impl<'a> State<'a> {
         let entry = (u64::from(span.state_entry) + i as u64) % self.m.layout().shape[1] as u64;
         let (slot, entry, kv_head) = (span.slot as usize, entry as usize, heads.start / group);
         let (x, a) = (&mut sigma_q[..width * dp], &mut a[..width * dp]);
-        pack::panel::<V, f32>(|r| q(rows.start + r), rows.len(), 1.0, x);
+        pack::panel::<V, f32>(q, rows.len(), 1.0, x);
         let m = Rows::of::<V>(&self.m.rows([slot, entry, kv_head]), 0..d as u64, dp, m);
         let z = self.z.f32([slot, entry, 0, kv_head]);
         V::run(Retrieve { x, m, z, vectors: rows.len().div_ceil(V::LANES), a });
 
         let (of_memory, of_local) = shares.split_at_mut(MAX_WIDTH);
-        for (lane, r) in rows.enumerate() {
+        for lane in 0..rows.len() {
+            if lane >= group {
+                // The heads of the next token.
+                [of_memory[lane], of_local[lane]] = [of_memory[lane - group], of_local[lane - group]];
+                continue;
+            }
+            let r = rows.start + lane;
             let head = mutate!("infini-beta-head", heads.start + r % group, r % group);
             let beta = f64::from(self.beta.f32([0, 0, 0, head])[0]);
             // Each share from its own exponential: 1 − g cancels where g is close to 1.

@@ -131,7 +131,7 @@ impl Kernel<'_> {
             if is_delta {
                 for (s, v) in s.chunks(width * dp).zip(v.chunks_mut(width * dp)) {
                     let (count, x, a) = (s.len() / dp, &mut x[..width * dp], &mut a[..width * dp]);
-                    pack::panel::<V, f32>(|t| Elements::F32(&s[t * dp..][..dp]), count, 1.0, x);
+                    pack::panel::<V, f32>(s.chunks_exact(dp).map(Elements::F32), count, 1.0, x);
                     let m = Rows { data: m, stride: dp };
                     V::run(Retrieve { x, m, z: &z[..d], vectors: count.div_ceil(V::LANES), a });
                     for (t, v) in (0..count).step_by(V::LANES).zip(v.chunks_mut(V::LANES * dp)) {

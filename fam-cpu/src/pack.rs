@@ -266,14 +266,18 @@ impl Body for PairsOfKeys<'_, '_> {
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
         let PairsOfKeys { rows, range, lead, dp, to } = self;
-        let (d, end) = (rows.get(range.start).len(), lead + (range.end - range.start) as usize);
-        let rest = d / V::LANES * V::LANES;
+        let (d, count) = (rows.get(range.start).len(), (range.end - range.start) as usize);
+        let (rest, end) = (d / V::LANES * V::LANES, lead + count);
+        let run = rows.run(range.start, count).map(|(run, stride)| (bf16::of(run), stride));
         for (i, to) in to.chunks_exact_mut(dp).take(end.div_ceil(2)).enumerate() {
             let mut keys = [&bf16::ZEROS[..d]; 2];
             for (key, t) in keys.iter_mut().zip(2 * i..) {
                 // Beside its only visible key a pair has zeros: the other's may be NaN, or not there.
                 if (lead..end).contains(&t) {
-                    *key = bf16::of(rows.get(range.start + (t - lead) as u64));
+                    *key = match run {
+                        Some((run, stride)) => &run[(t - lead) * stride..][..d],
+                        None => bf16::of(rows.get(range.start + (t - lead) as u64)),
+                    };
                 }
             }
             let [first, second] = keys;
@@ -298,12 +302,17 @@ pub(crate) const fn stage(dp: usize) -> usize {
 
 /// Packs `count` rows into a panel, times 1, 0 or −1. The last vector's absent rows are 0; further vectors are left as they are.
 #[inline(always)]
-pub(crate) fn panel<'r, V: Vector, F: Form>(rows: impl Fn(usize) -> Elements<'r>, count: usize, sign: f32, to: &mut [f32]) {
+pub(crate) fn panel<'r, V: Vector, F: Form>(
+    mut rows: impl Iterator<Item = Elements<'r>>,
+    count: usize,
+    sign: f32,
+    to: &mut [f32],
+) {
     for first in (0..count).step_by(V::LANES) {
         let count = V::LANES.min(count - first);
         let mut of_vector = [Elements::NONE; MAX_LANES];
-        for r in 0..count {
-            of_vector[r] = rows(first + r);
+        for (to, row) in of_vector[..count].iter_mut().zip(&mut rows) {
+            *to = row;
         }
         V::run(Columns::<F> { rows: &of_vector[..count], sign, first, to, factor: PhantomData });
     }

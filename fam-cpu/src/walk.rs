@@ -56,10 +56,15 @@ impl Piece {
     }
 
     /// Row `r` of a stream and kv head, in the tensors of its kind.
-    #[inline(always)]
-    pub fn at(&self, shape: &Shape, [n, kv_head]: [usize; 2], r: usize) -> [usize; 4] {
+    pub fn at(&self, shape: &Shape, head: [usize; 2], r: usize) -> [usize; 4] {
+        self.places(shape, head, r).at
+    }
+
+    /// Row `r` and those that follow.
+    pub fn places(&self, shape: &Shape, [n, kv_head]: [usize; 2], r: usize) -> Places {
         let group = shape.group();
-        [n, if self.is_memory { self.i } else { 0 }, self.first + r / group, kv_head * group + r % group]
+        let first = [n, if self.is_memory { self.i } else { 0 }, self.first, kv_head * group];
+        Places::new(first, group, r)
     }
 
     /// Keys of window and current block that token `t` of the piece sees, counted from the block's start.
@@ -96,6 +101,35 @@ impl Piece {
     }
 }
 
+/// Rows of a tensor `[batch, blocks, rows, heads]`: the heads of a group, then those of the next token, without end. A division for each
+/// would take as long as the rest of what is done to find a row.
+#[derive(Clone)]
+pub(crate) struct Places {
+    at: [usize; 4],
+    heads: Range<usize>,
+}
+
+impl Places {
+    /// From row `r` on, if `first` is row 0.
+    pub fn new([n, block, token, head]: [usize; 4], group: usize, r: usize) -> Self {
+        Places { at: [n, block, token + r / group, head + r % group], heads: head..head + group }
+    }
+}
+
+impl Iterator for Places {
+    type Item = [usize; 4];
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<[usize; 4]> {
+        let at = self.at;
+        self.at[3] += 1;
+        if self.at[3] == self.heads.end {
+            (self.at[2], self.at[3]) = (at[2] + 1, self.heads.start);
+        }
+        Some(at)
+    }
+}
+
 /// Keys and values that share a tile, and are seen by some row of a piece.
 pub(crate) struct KeyTile<'a> {
     /// The head's rows of the cache.
@@ -106,6 +140,8 @@ pub(crate) struct KeyTile<'a> {
     pub at: [usize; 3],
     /// Whether they are memory rows.
     pub is_memory: bool,
+    /// Whether all rows of the piece see all of them.
+    pub is_whole: bool,
     /// Memory keys that all rows see, or what `piece` says; and the first key of the tile on that scale.
     memory: Option<Range<i64>>,
     first: i64,
@@ -120,12 +156,6 @@ impl KeyTile<'_> {
         let count = (self.range.end - self.range.start) as i64;
         let in_tile = |key: i64| (key - self.first).clamp(0, count) as usize;
         in_tile(keys.start)..in_tile(keys.end)
-    }
-
-    /// Whether all rows of the piece see all keys of the tile.
-    pub fn is_seen_whole(&self) -> bool {
-        let keys = 0..(self.range.end - self.range.start) as usize;
-        self.visible(0) == keys && self.visible(self.piece.tokens - 1) == keys
     }
 
     /// The place of the first key where factors hold so many terms ([`crate::product::Factor`]): places are counted from where a factor
@@ -153,6 +183,10 @@ impl KeyTile<'_> {
             lead + keys.start..lead + keys.end
         };
         let mut of_vectors: [Seen; MAX_MR] = Default::default();
+        if self.is_whole {
+            of_vectors[..rows.len().div_ceil(V::LANES)].fill(Seen { any: lead..lead + count, all: lead..lead + count });
+            return of_vectors;
+        }
         for (of_vector, r) in of_vectors.iter_mut().zip(rows.clone().step_by(V::LANES)) {
             let last = rows.end.min(r + V::LANES) - 1;
             *of_vector = Seen::new(visible(r), visible(last));
@@ -268,6 +302,7 @@ pub(crate) fn walk<V: Vector>(
                     range,
                     at: *at,
                     is_memory: memory.is_some(),
+                    is_whole: seen(0).end >= until && seen(piece.tokens - 1).start <= from,
                     memory,
                     first: from,
                     piece,

@@ -291,11 +291,12 @@ impl Body for Finish<'_, '_, '_> {
         let (width, heads) = (V::MR * V::LANES, head[1] * shape.group()..(head[1] + 1) * shape.group());
         for first in (0..count).step_by(width) {
             let (end, panel) = (count.min(first + width), &mut b.panel[..width * dp]);
-            pack::panel::<V, f32>(|r| Elements::F32(&b.whole.acc[(first + r) * dp..][..dp]), end - first, 1.0, panel);
-            let row = |r: usize| mutate!("infini-rotated-query", state.q.row(at(r)), rows.q.row(at(r)));
+            pack::panel::<V, f32>((first..end).map(|r| Elements::F32(&b.whole.acc[r * dp..][..dp])), end - first, 1.0, panel);
+            let places = piece.places(shape, head, first);
+            let row = |at| mutate!("infini-rotated-query", state.q.row(at), rows.q.row(at));
             let buffers = [&mut *b.sigma_q, &mut *b.read, &mut *b.m, &mut *b.shares];
-            state.gate_panel::<V>(&piece.span, piece.i, heads.clone(), first..end, row, buffers, panel);
-            rows.o.write_panel::<V>(task, panel, end - first, b.stage, |r| at(first + r));
+            state.gate_panel::<V>(&piece.span, piece.i, heads.clone(), first..end, places.clone().map(row), buffers, panel);
+            rows.o.write_panel::<V>(task, panel, end - first, b.stage, places);
         }
     }
 }

@@ -2,8 +2,9 @@
 
 use super::Task;
 use crate::memory::Elements;
-use crate::pack::{unpack, unpack_row};
+use crate::pack::{Convert, unpack, unpack_row};
 use crate::vector::{Body, Vector};
+use crate::walk::Places;
 use fam_core::{Dtype, Element, Layout, Memory, ViewMut, bf16, f16};
 use std::marker::PhantomData;
 
@@ -40,6 +41,7 @@ pub(crate) enum Owner {
 }
 
 impl Owner {
+    #[inline(always)]
     fn owns(&self, task: &Task, [batch, block, row, head]: [usize; 4]) -> bool {
         match *self {
             Owner::Tile { heads, rows, tiles, first } => {
@@ -90,6 +92,7 @@ impl<'a> Output<'a> {
 
     /// The row `[batch, blocks, rows, heads]`, which must be the task's own. Exclusively borrowed with the task, so there is one row at a
     /// time.
+    #[inline(always)]
     pub fn row<'t, T: Element>(&'t self, task: &'t mut Task, at: [usize; 4]) -> &'t mut [T] {
         assert!(self.owner.owns(task, at), "row {at:?} is another task's");
         assert!(T::DTYPE == self.layout.dtype);
@@ -115,23 +118,10 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Writes the first `count` rows of a panel, row r to `at(r)`. `stage` is for transposing.
+    /// Writes the first `count` rows of a panel to `places`. `stage` is for transposing.
     #[inline(always)]
-    pub fn write_panel<V: Vector>(
-        &self,
-        task: &mut Task,
-        panel: &[f32],
-        count: usize,
-        stage: &mut [f32],
-        at: impl Fn(usize) -> [usize; 4],
-    ) {
-        let (dp, d) = (panel.len() / (V::MR * V::LANES), self.layout.shape[4]);
-        for first in (0..count).step_by(V::LANES) {
-            unpack::<V>(panel, first, stage);
-            for (r, row) in (first..count).zip(stage.chunks_exact(dp).take(V::LANES)) {
-                self.write::<V>(task, at(r), &row[..d]);
-            }
-        }
+    pub fn write_panel<V: Vector>(&self, task: &mut Task, panel: &[f32], count: usize, stage: &mut [f32], places: Places) {
+        V::run(WritePanel { output: self, task, panel, count, stage, places });
     }
 }
 
@@ -154,6 +144,44 @@ impl Body for Write<'_, '_> {
             Dtype::F16 => unpack_row::<V, f16>(values, output.row(task, at)),
             Dtype::Bf16 => unpack_row::<V, bf16>(values, output.row(task, at)),
             other => unreachable!("refused when the plan was made: {other}"),
+        }
+    }
+}
+
+/// [`Output::write_panel`].
+struct WritePanel<'a, 'o> {
+    output: &'a Output<'o>,
+    task: &'a mut Task,
+    panel: &'a [f32],
+    count: usize,
+    stage: &'a mut [f32],
+    places: Places,
+}
+
+impl Body for WritePanel<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        match self.output.layout.dtype {
+            Dtype::F32 => self.write::<V, f32>(),
+            Dtype::F16 => self.write::<V, f16>(),
+            Dtype::Bf16 => self.write::<V, bf16>(),
+            other => unreachable!("refused when the plan was made: {other}"),
+        }
+    }
+}
+
+impl WritePanel<'_, '_> {
+    #[inline(always)]
+    fn write<V: Vector, T: Convert>(self) {
+        let WritePanel { output, task, panel, count, stage, mut places } = self;
+        let dp = panel.len() / (V::MR * V::LANES);
+        for first in (0..count).step_by(V::LANES) {
+            unpack::<V>(panel, first, stage);
+            for (row, at) in stage.chunks_exact(dp).take(V::LANES.min(count - first)).zip(&mut places) {
+                unpack_row::<V, T>(row, output.row(task, at));
+            }
         }
     }
 }
