@@ -9,7 +9,7 @@
 //! share its window and its memory; [`crate::walk`] has their keys in order. Of each tile of keys a row sees a range; what lies outside
 //! weighs exactly 0 and its values are not touched, so NaN there stays where it is seen.
 //!
-//! A span of few tokens, and memory rows that are few, take another way through their keys ([`decode`]).
+//! Where a block has few rows in the call, they take another way through their keys ([`decode`]).
 
 mod decode;
 mod panel;
@@ -24,16 +24,15 @@ use crate::parallel::{Grid, Par, Phase, Task, run_phase, shared};
 use crate::product::{Factor, Pair};
 use crate::softmax::Softmax;
 use crate::span::SpanSource;
-use crate::tile::{BLOCK_N, MAX_SPLITS, MAX_WIDTH, Splits, Tile, carve};
+use crate::tile::{BLOCK_N, MAX_SPLITS, MAX_WIDTH, Tile, carve, splits_of_task};
 use crate::vector::{Body, Vector};
 use crate::walk::{KeyTile, Piece, Visit, walk};
 use bytemuck::cast_slice;
 pub(crate) use decode::scratch as scratch_of_few;
 use decode::{FewRows, JoinSplits};
-use fam_core::{Attend, Plan, Result, Shape, Span, View, ViewMut, mutate};
+use fam_core::{Attend, Plan, Result, Shape, View, ViewMut, mutate};
 use panel::PanelOverTile;
 use std::marker::PhantomData;
-use std::ops::Range;
 
 /// Sizes of a worker's buffers, in the order of [`Buffers`].
 pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 11] {
@@ -52,10 +51,10 @@ pub(crate) fn attend(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scra
     let heads = spans.batch() * shape.kv_heads();
     let tile = plan.tile.for_threads(shape, heads, spans.max_rows(), plan.threads);
     let (keys, mem) = (Cache::tokens(&args.keys, spec)?, args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)));
-    let splits = Splits::of_task(heads, plan.threads);
+    let splits = splits_of_task(heads, plan.threads);
     // Tasks of a head that has more splits than one takes.
     let parts = match &args.rows {
-        Some(_) if splits < MAX_SPLITS => decode::most_splits(shape, &spans, mem.as_ref()).div_ceil(splits),
+        Some(_) if splits < MAX_SPLITS => decode::splits_end(shape, &spans, mem.as_ref()).div_ceil(splits).max(1),
         _ => 1,
     };
     let row_tiles = args.rows.as_ref().map_or(0, |_| spans.max_rows().div_ceil(tile.tokens).max(parts));
@@ -86,13 +85,16 @@ pub(crate) fn attend(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scra
     let partials = (parts > 1).then(|| Output::new(ViewMut::new(&mut *bytes, layout), decode::owner(spec, splits, parts)));
     let in_pairs = plan.isa.pairs().contains(&shape.dtype());
     run_phase(par, Phase { number: 0, of: 2 }, &grid, scratch, plan.share, &|task, scratch| {
-        let Some(job) = kernel.job(task) else { return };
-        if job.is_few {
-            plan.isa.run(FewRows { kernel: &kernel, job, partials: partials.as_ref(), task, scratch });
-        } else if in_pairs {
-            Pair::run(plan.isa, TileOfRows { kernel: &kernel, job, task, scratch, factors: PhantomData::<Pair> });
-        } else {
-            plan.isa.run(TileOfRows { kernel: &kernel, job, task, scratch, factors: PhantomData::<f32> });
+        let Some((rows, pieces)) = kernel.pieces(task) else { return };
+        for piece in pieces {
+            let (kernel, scratch) = (&kernel, &mut *scratch);
+            if piece.is_few(shape) {
+                plan.isa.run(FewRows { kernel, rows, piece, partials: partials.as_ref(), task, scratch });
+            } else if in_pairs {
+                Pair::run(plan.isa, PieceOfRows { kernel, rows, piece, task, scratch, factors: PhantomData::<Pair> });
+            } else {
+                plan.isa.run(PieceOfRows { kernel, rows, piece, task, scratch, factors: PhantomData::<f32> });
+            }
         }
     })?;
     if parts == 1 {
@@ -173,57 +175,41 @@ impl<'s> Buffers<'s> {
     }
 }
 
-/// The rows of a task: tokens of its stream, or memory rows of a block.
-struct Job<'a> {
-    rows: &'a RowGroup<'a>,
-    is_few: bool,
-    tokens: Range<usize>,
-    memory: Option<Piece>,
-}
-
-impl Job<'_> {
-    /// The rows, cut at block boundaries.
-    fn pieces(&self, shape: &Shape, span: Span) -> impl Iterator<Item = Piece> {
-        Piece::of_rows(shape, span, self.tokens.clone()).chain(self.memory.clone())
-    }
-}
-
 impl<'a> Kernel<'a> {
-    fn job(&'a self, task: &Task) -> Option<Job<'a>> {
+    /// The rows of a task, tokens of its stream or memory rows of a block, cut at block boundaries.
+    fn pieces(&'a self, task: &Task) -> Option<(&'a RowGroup<'a>, impl Iterator<Item = Piece> + use<'a>)> {
         let (shape, span, tokens) = (self.shape, task.span(), self.tile.tokens);
-        let Some(mem_tile) = task.tile().checked_sub(self.row_tiles) else {
-            let (len, first) = (span.len as usize, task.tile() * tokens);
-            let is_few = Tile::is_few(shape, len);
-            let tokens = if is_few { 0..len } else { first..len.min(first + tokens) };
-            return Some(Job { rows: self.rows.as_ref()?, is_few, tokens, memory: None });
+        let (rows, tokens, memory) = match task.tile().checked_sub(self.row_tiles) {
+            // A tile of few tokens is some of their splits.
+            None if Tile::is_few(shape, span.len as usize) => (&self.rows, 0..span.len as usize, None),
+            None => (&self.rows, task.tile() * tokens..(span.len as usize).min((task.tile() + 1) * tokens), None),
+            Some(mem_tile) => {
+                let (i, first) = (mem_tile / self.mem_tiles, mem_tile % self.mem_tiles * tokens);
+                let piece = || Piece::new(shape, span, i, first..shape.mem_len().min(first + tokens), true);
+                (&self.mem_rows, 0..0, (i < span.blocks(shape.block_len())).then(piece))
+            }
         };
-        let (i, first) = (mem_tile / self.mem_tiles, mem_tile % self.mem_tiles * tokens);
-        let memory = Piece::new(shape, span, i, first..shape.mem_len().min(first + tokens), true);
-        let job =
-            Job { rows: self.mem_rows.as_ref()?, is_few: Tile::has_few_mem_rows(shape), tokens: 0..0, memory: Some(memory) };
-        (i < span.blocks(shape.block_len())).then_some(job)
+        Some((rows.as_ref()?, Piece::of_rows(shape, span, tokens).chain(memory)))
     }
 }
 
-/// A task on its worker.
-struct TileOfRows<'a, 's, F> {
+/// Rows of a block that are not few.
+struct PieceOfRows<'a, 's, F> {
     kernel: &'a Kernel<'a>,
-    job: Job<'a>,
+    rows: &'a RowGroup<'a>,
+    piece: Piece,
     task: &'s mut Task,
     scratch: &'s mut [f32],
     factors: PhantomData<F>,
 }
 
-impl<F: Form> Body for TileOfRows<'_, '_, F> {
+impl<F: Form> Body for PieceOfRows<'_, '_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        let TileOfRows { kernel, job, task, scratch, .. } = self;
-        let mut buffers = Buffers::new(kernel, scratch);
-        for piece in job.pieces(kernel.shape, task.span()) {
-            kernel.piece::<V, F>(task, &piece, job.rows, &mut buffers);
-        }
+        let PieceOfRows { kernel, rows, piece, task, scratch, .. } = self;
+        kernel.piece::<V, F>(task, &piece, rows, &mut Buffers::new(kernel, scratch));
     }
 }
 

@@ -178,10 +178,7 @@ impl Body for StreamOfRows<'_, '_> {
             kernel.d_sink.row::<f32>(task, [task.n(), 0, 0, head]).fill(0.0);
         }
         for i in 0..span.blocks(shape.block_len()) {
-            let block_len = shape.block_len() as u64;
-            let block = (span.start / block_len + i as u64) * block_len;
-            let in_block =
-                (block.max(span.start) - span.start) as usize..((block + block_len).min(span.end()) - span.start) as usize;
+            let in_block = Piece::tokens_of_block(shape, &span, i);
             for (rows, is_memory, of_block) in [(&kernel.rows, false, in_block), (&kernel.mem_rows, true, 0..shape.mem_len())] {
                 let Some(rows) = rows else { continue };
                 for first in of_block.clone().step_by(tile.tokens) {

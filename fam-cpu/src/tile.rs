@@ -26,7 +26,7 @@ pub(crate) const MAX_WIDTH: usize = 32;
 /// all terms are equal and each rounding errs to the same side.
 pub(crate) const CHAIN: usize = 64;
 
-/// Most rows of a stream in a call, tokens times query heads of a group, that a lane for each channel serves better than a lane for each row.
+/// Most rows of a block in a call, tokens times query heads of a group, that a lane for each channel serves better than a lane for each row.
 /// Rows that are few, and rows that are not, differ in their last bits.
 pub const FEW_ROWS: usize = 16;
 
@@ -44,30 +44,18 @@ pub(crate) const AHEAD: usize = 8192;
 const SPLIT: usize = 2;
 pub(crate) const MAX_SPLITS: usize = 16;
 
-/// How the keys of few rows are cut. Each split is a softmax of its own, and they are joined in their order; so the cuts depend on what the
-/// rows see alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Splits {
-    /// Tiles of keys in a split.
-    pub tiles: usize,
-    /// Splits.
-    pub count: usize,
+/// Tiles of keys in a split of few rows' keys, if a row of the shape sees at most so many. Each split is a softmax of its own, and they are
+/// joined in their order. What a row gets must not depend on the rows beside it: so the cuts do not depend on what the call's rows see.
+pub(crate) fn tiles_of_split(most_tiles: usize) -> usize {
+    most_tiles.div_ceil(MAX_SPLITS).max(SPLIT)
 }
 
-impl Splits {
-    /// Of so many tiles of keys.
-    pub fn of(tiles: usize) -> Self {
-        let of_one = tiles.div_ceil(MAX_SPLITS).max(SPLIT);
-        Splits { tiles: of_one, count: tiles.div_ceil(of_one) }
-    }
-
-    /// Splits for one task, where so many heads (streams times kv heads) are to keep so many threads busy: all of them, if there are four
-    /// heads for each thread. More tasks make a second phase, which joins what they leave.
-    pub fn of_task(heads: usize, threads: usize) -> usize {
-        match heads >= TASKS_ENOUGH.saturating_mul(threads) || threads == 1 {
-            true => MAX_SPLITS,
-            false => MAX_SPLITS.div_ceil(TASKS_ENOUGH.saturating_mul(threads).div_ceil(heads.max(1)).min(MAX_SPLITS)),
-        }
+/// Splits for one task, where so many heads (streams times kv heads) are to keep so many threads busy: all of them, if there are four heads
+/// for each thread. More tasks make a second phase, which joins what they leave.
+pub(crate) fn splits_of_task(heads: usize, threads: usize) -> usize {
+    match heads >= TASKS_ENOUGH.saturating_mul(threads) || threads == 1 {
+        true => MAX_SPLITS,
+        false => MAX_SPLITS.div_ceil(TASKS_ENOUGH.saturating_mul(threads).div_ceil(heads.max(1)).min(MAX_SPLITS)),
     }
 }
 

@@ -11,7 +11,7 @@
 //! batch, slot, cache or tile of rows, and so are its bits.
 
 use crate::memory::{Cache, HeadRows};
-use crate::tile::{BLOCK_N, MAX_MR, MAX_WIDTH};
+use crate::tile::{BLOCK_N, MAX_MR, MAX_WIDTH, Tile};
 use crate::vector::Vector;
 use fam_core::{Shape, Span, Window, mutate};
 use std::ops::Range;
@@ -41,6 +41,13 @@ impl Piece {
         Piece { span, i, block, window, first: rows.start, tokens: rows.len(), is_memory }
     }
 
+    /// Tokens of the span, counted from its first, that lie in its block `i`.
+    pub fn tokens_of_block(shape: &Shape, span: &Span, i: usize) -> Range<usize> {
+        let block_len = shape.block_len() as u64;
+        let block = (span.start / block_len + i as u64) * block_len;
+        (block.max(span.start) - span.start) as usize..((block + block_len).min(span.end()) - span.start) as usize
+    }
+
     /// Tokens `rows` of a span, block by block.
     pub fn of_rows(shape: &Shape, span: Span, rows: Range<usize>) -> impl Iterator<Item = Piece> {
         let block_len = shape.block_len() as u64;
@@ -53,6 +60,14 @@ impl Piece {
             first = end;
             piece
         })
+    }
+
+    /// Whether the rows of its block in the call are few, whatever tile of them it is; or the block's memory rows.
+    pub fn is_few(&self, shape: &Shape) -> bool {
+        match self.is_memory {
+            true => Tile::has_few_mem_rows(shape),
+            false => Tile::is_few(shape, Piece::tokens_of_block(shape, &self.span, self.i).len()),
+        }
     }
 
     /// Row `r` of a stream and kv head, in the tensors of its kind.
@@ -138,6 +153,8 @@ pub(crate) struct KeyTile<'a> {
     pub range: Range<u64>,
     /// Slot, entry and head in the cache.
     pub at: [usize; 3],
+    /// Number of the tile among all that a row of the shape can see, wherever in its block it is ([`most_tiles`]).
+    pub number: usize,
     /// Whether they are memory rows.
     pub is_memory: bool,
     /// Whether all rows of the piece see all of them.
@@ -250,9 +267,28 @@ fn segments(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> [Range<i64
     [window, 0..memory, own]
 }
 
-/// Tiles that [`walk`] visits.
-pub(crate) fn tiles(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> usize {
-    segments(shape, mem, piece).into_iter().map(|keys| ((keys.end - keys.start).max(0) as usize).div_ceil(BLOCK_N)).sum()
+/// Most tiles of window, memory and own block that a row of the shape sees. They have numbers in this order; a block with a short past or few
+/// rows of its own sees some from the middle.
+pub(crate) fn most_tiles(shape: &Shape) -> [usize; 3] {
+    let window = match shape.window() {
+        Window::Tokens(tokens) => tokens.saturating_sub(1),
+        Window::Blocks(blocks) => blocks.saturating_mul(shape.block_len()),
+        _ => 0,
+    };
+    [window, shape.mem_len(), shape.block_len()].map(|keys| keys.div_ceil(BLOCK_N))
+}
+
+/// Number of the tile of key `x` of window, memory or own block, as [`segments`] count it.
+fn number(shape: &Shape, segment: usize, x: i64) -> usize {
+    let [window, memory, _] = most_tiles(shape);
+    [window, window, window + memory][segment].saturating_add_signed(x.div_euclid(BLOCK_N as i64) as isize)
+}
+
+/// Numbers of the tiles that [`walk`] visits: from the first to the last.
+pub(crate) fn numbers(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
+    let keys = segments(shape, mem, piece).into_iter().enumerate().filter(|(_, keys)| !keys.is_empty());
+    let numbers = keys.map(|(i, keys)| number(shape, i, keys.start)..number(shape, i, keys.end - 1) + 1);
+    numbers.reduce(|first, last| first.start..last.end).unwrap_or_default()
 }
 
 /// What is done with each tile of keys. No closure: see [`crate::vector::Body`].
@@ -284,9 +320,9 @@ pub(crate) fn walk<V: Vector>(
     });
 
     let ([window, memory_keys, own], step) = (segments(shape, mem, piece), BLOCK_N as i64);
-    let mem = memory.iter().map(|cache| (cache, 0, memory_keys.clone(), Some(&memory_keys)));
-    for ((cache, at), row, keys, memory) in
-        [(&tokens, block, window, None)].into_iter().chain(mem).chain([(&tokens, block, own, None)])
+    let mem = memory.iter().map(|cache| (1, cache, 0, memory_keys.clone(), Some(&memory_keys)));
+    for (segment, (cache, at), row, keys, memory) in
+        [(0, &tokens, block, window, None)].into_iter().chain(mem).chain([(2, &tokens, block, own, None)])
     {
         let rows = cache.rows(*at);
         let mut x = keys.start;
@@ -301,6 +337,7 @@ pub(crate) fn walk<V: Vector>(
                     rows,
                     range,
                     at: *at,
+                    number: self::number(shape, segment, x),
                     is_memory: memory.is_some(),
                     is_whole: seen(0).end >= until && seen(piece.tokens - 1).start <= from,
                     memory,

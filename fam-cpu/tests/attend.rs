@@ -57,41 +57,51 @@ fn levels() -> impl Iterator<Item = Cpu> {
     Isa::ALL.into_iter().filter_map(|isa| Cpu::new().unwrap().with_isa(isa).ok())
 }
 
-/// The bits of each token in a span of more than few rows.
-fn of_many_rows(outputs: &Outputs, stream: &Stream<impl Element>, spans: &[Span]) -> Vec<Option<Vec<u32>>> {
-    let (h, d, group) = (stream.shape.heads(), stream.shape.head_dim(), stream.shape.group());
-    let mut tokens = vec![None; stream.len];
-    for span in spans.iter().filter(|span| span.len as usize * group > FEW_ROWS) {
-        let first = (span.start - stream.origin) as usize;
-        for (t, token) in tokens.iter_mut().enumerate().skip(first).take(span.len as usize) {
-            let (o, lse) = (&outputs.o[t * h * d..][..h * d], &outputs.lse[t * h..][..h]);
-            *token = Some(o.iter().chain(lse).map(|x| x.to_bits()).collect());
-        }
-    }
+/// Of each token whether its block has few rows in the call, and its bits.
+fn bits_of_tokens(outputs: &Outputs, stream: &Stream<impl Element>, spans: &[Span]) -> Vec<(bool, Vec<u32>)> {
+    let (h, d, b) = (stream.shape.heads(), stream.shape.head_dim(), stream.shape.block_len() as u64);
+    let bits_of = |position: u64| {
+        let t = (position - stream.origin) as usize;
+        let (o, lse) = (&outputs.o[t * h * d..][..h * d], &outputs.lse[t * h..][..h]);
+        o.iter().chain(lse).map(|x| x.to_bits()).collect()
+    };
+    let positions = |span: &Span| span.start..span.start + u64::from(span.len);
+    let tokens = spans.iter().flat_map(|span| positions(span).map(move |position| (span, position)));
     tokens
+        .map(|(span, position)| {
+            let rows = positions(span).filter(|other| other / b == position / b).count() * stream.shape.group();
+            (rows <= FEW_ROWS, bits_of(position))
+        })
+        .collect()
 }
 
 fn steps_are_prefill<T: Element>() {
+    let mut compared = [0; 2];
     for (cpu, stream) in levels().flat_map(|cpu| cases::<T>().map(move |stream| (cpu, stream))) {
-        let prefill = stream.prefill(&cpu, &mut Par::Serial);
-        let many = of_many_rows(&prefill, &stream, &[stream.span()]);
         // f16 changes packing alone; bf16 may have products of its own.
-        let lens: &[usize] = if T::DTYPE == Dtype::F16 { &[3, 19] } else { &[1, 3, 19, 1 << 16] };
+        let lens: &[usize] = if T::DTYPE == Dtype::F16 { &[3, 19] } else { &[1, 2, 3, 4, 19, 1 << 16] };
+        let prefill = stream.prefill(&cpu, &mut Par::Serial);
+        let mut of_calls = vec![bits_of_tokens(&prefill, &stream, &[stream.span()])];
         for &len in lens {
             let steps = stream.stepwise(&cpu, &mut Par::Serial, len);
             let what = format!("{}, {:?} in steps of {len}", cpu.isa(), stream.shape);
-            let many_of_steps = of_many_rows(&steps, &stream, &stream.steps(len));
-            for (step, prefill) in many_of_steps.iter().zip(&many) {
-                assert!(step.is_none() || prefill.is_none() || step == prefill, "{what}");
+            let of_steps = bits_of_tokens(&steps, &stream, &stream.steps(len));
+            for (t, of_step) in of_steps.iter().enumerate() {
+                for of_call in of_calls.iter().map(|tokens| &tokens[t]).filter(|of_call| of_call.0 == of_step.0) {
+                    compared[usize::from(of_step.0)] += 1;
+                    assert!(of_step == of_call, "token {t} of {what}");
+                }
             }
+            of_calls.push(of_steps);
             let mem = |o: &Outputs| [&o.mem_o, &o.mem_lse].map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
             assert!(mem(&steps) == mem(&prefill), "memory rows of {what}");
         }
     }
+    assert!(compared.iter().all(|n| *n > 1000), "{compared:?}");
 }
 
 #[test]
-fn steps_of_more_than_few_rows_have_the_bits_of_a_prefill() {
+fn tokens_of_equally_few_rows_have_the_same_bits_in_steps_and_prefill() {
     each_dtype!(steps_are_prefill);
 }
 

@@ -6,16 +6,16 @@
 //! it; else one task joins them as it goes. Whoever does, the arithmetic is the same.
 
 use super::rows::{Band, RowsInBands, RowsOverTile};
-use super::{Job, Kernel, RowGroup};
+use super::{Kernel, RowGroup};
 use crate::memory::{Cache, Elements, Input};
 use crate::pack;
 use crate::parallel::Task;
 use crate::parallel::output::{Output, Owner};
 use crate::softmax::{Softmax, join};
 use crate::span::SpanSource;
-use crate::tile::{BLOCK_N, FEW_ROWS, MAX_SPLITS, MAX_WIDTH, STEP, Splits, Tile, carve, few_tokens, partial};
+use crate::tile::{BLOCK_N, FEW_ROWS, MAX_SPLITS, MAX_WIDTH, STEP, Tile, carve, few_tokens, partial, tiles_of_split};
 use crate::vector::{Body, MAX_LANES, Vector};
-use crate::walk::{KeyTile, Piece, Visit, tiles, walk};
+use crate::walk::{KeyTile, Piece, Visit, most_tiles, numbers, walk};
 use fam_core::{Dtype, Layout, Shape, Spec, mutate};
 use std::mem::swap;
 use std::ops::Range;
@@ -47,11 +47,17 @@ pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 16] {
     ]
 }
 
-/// The most splits of any stream of few tokens.
-pub(super) fn most_splits(shape: &Shape, spans: &SpanSource<'_>, mem: Option<&Cache<'_>>) -> usize {
+/// Splits that hold keys of a piece.
+fn splits_of(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
+    let (tiles, of_one) = (numbers(shape, mem, piece), tiles_of_split(most_tiles(shape).iter().sum()));
+    tiles.start / of_one..tiles.end.div_ceil(of_one)
+}
+
+/// Behind the last split of any stream of few tokens.
+pub(super) fn splits_end(shape: &Shape, spans: &SpanSource<'_>, mem: Option<&Cache<'_>>) -> usize {
     let spans = (0..spans.batch()).map(|n| spans.get(n)).filter(|span| Tile::is_few(shape, span.len as usize));
     let pieces = spans.flat_map(|span| Piece::of_rows(shape, span, 0..span.len as usize));
-    pieces.map(|piece| Splits::of(tiles(shape, mem, &piece)).count).max().unwrap_or(1).max(1)
+    pieces.map(|piece| splits_of(shape, mem, &piece).end).max().unwrap_or(0)
 }
 
 /// Where splits leave what their rows have, `[N, 1, splits × few tokens, Hq, partial]`.
@@ -129,10 +135,11 @@ struct Buffers<'s> {
     m: &'s mut [f32],
 }
 
-/// A task on its worker: few rows and some splits of their keys.
+/// The few rows of a block in the call, and some splits of their keys.
 pub(super) struct FewRows<'a, 's> {
     pub kernel: &'a Kernel<'a>,
-    pub job: Job<'a>,
+    pub rows: &'a RowGroup<'a>,
+    pub piece: Piece,
     /// What splits leave, where a head has several tasks.
     pub partials: Option<&'a Output<'a>>,
     pub task: &'s mut Task,
@@ -144,15 +151,13 @@ impl Body for FewRows<'_, '_> {
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        let FewRows { kernel, job, partials, task, scratch } = self;
-        let splits = match job.memory {
-            Some(_) => 0..MAX_SPLITS,
-            None => task.tile() * kernel.splits..(task.tile() + 1) * kernel.splits,
+        let FewRows { kernel, rows, piece, partials, task, scratch } = self;
+        // Splits are dealt out where all of a stream's rows are few.
+        let splits = match !piece.is_memory && Tile::is_few(kernel.shape, piece.span.len as usize) {
+            true => task.tile() * kernel.splits..(task.tile() + 1) * kernel.splits,
+            false => 0..MAX_SPLITS,
         };
-        let mut few = Few::new(kernel, job.rows, partials, scratch);
-        for piece in job.pieces(kernel.shape, task.span()) {
-            few.piece::<V>(task, &piece, splits.clone());
-        }
+        Few::new(kernel, rows, partials, scratch).piece::<V>(task, &piece, splits);
     }
 }
 
@@ -177,9 +182,9 @@ impl<'a, 's> Few<'a, 's> {
     #[inline(always)]
     fn piece<V: Vector>(&mut self, task: &mut Task, piece: &Piece, splits: Range<usize>) {
         let Kernel { shape, tile, keys, mem, sign, .. } = self.kernel;
-        let all = Splits::of(tiles(shape, mem.as_ref(), piece));
-        let is_whole = splits.start == 0 && all.count <= splits.end;
-        if !is_whole && all.count <= splits.start {
+        let all = splits_of(shape, mem.as_ref(), piece);
+        let is_whole = splits.start == 0 && all.end <= splits.end;
+        if !is_whole && (all.end <= splits.start || splits.end <= all.start) {
             return;
         }
         let (count, head) = (piece.tokens * shape.group(), [task.n(), task.group()]);
@@ -190,7 +195,8 @@ impl<'a, 's> Few<'a, 's> {
             }
         }
         self.b.whole.clear(count, tile.dp);
-        let mut of_splits = OfSplits { few: self, task, piece, count, is_whole, splits, tiles: all.tiles, tile: 0, split: None };
+        let tiles = tiles_of_split(most_tiles(shape).iter().sum());
+        let mut of_splits = OfSplits { few: self, task, piece, count, is_whole, first: all.start, splits, tiles, split: None };
         walk::<V>(shape, keys, mem.as_ref(), piece, head[1], &mut of_splits);
         of_splits.close::<V>();
         if is_whole {
@@ -202,7 +208,7 @@ impl<'a, 's> Few<'a, 's> {
     #[inline(always)]
     fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>, tokens: usize) {
         let (d, dp, group) = (self.kernel.shape.head_dim(), self.kernel.tile.dp, self.kernel.shape.group());
-        let keys = (tile.range.end - tile.range.start) as usize;
+        let (keys, lead) = ((tile.range.end - tile.range.start) as usize, tile.lead(STEP));
         let mut bands: [Band; FEW_ROWS] = Default::default();
         let bands = if tile.visible(0) == tile.visible(tokens - 1) {
             bands[0] = Band { rows: 0..tokens * group, keys: 0..keys };
@@ -224,12 +230,14 @@ impl<'a, 's> Few<'a, 's> {
         {
             let strides = [k_stride, v_stride];
             match (k, v) {
-                (Elements::F32(k), Elements::F32(v)) => return V::run(RowsOverTile::new(rows, [k, v], strides, keys, d)),
+                (Elements::F32(k), Elements::F32(v)) => {
+                    return V::run(RowsOverTile::new(rows, [k, v], strides, lead..lead + keys, d));
+                }
                 (Elements::F16(k), Elements::F16(v)) if widens => {
-                    return V::run(RowsOverTile::new(rows, [k, v], strides, keys, d));
+                    return V::run(RowsOverTile::new(rows, [k, v], strides, lead..lead + keys, d));
                 }
                 (Elements::Bf16(k), Elements::Bf16(v)) if widens => {
-                    return V::run(RowsOverTile::new(rows, [k, v], strides, keys, d));
+                    return V::run(RowsOverTile::new(rows, [k, v], strides, lead..lead + keys, d));
                 }
                 _ => {}
             }
@@ -238,16 +246,16 @@ impl<'a, 's> Few<'a, 's> {
             pack::row::<V>(of_k.get(t), &mut k_rows[i * dp..][..dp]);
             pack::row::<V>(of_v.get(t), &mut v_rows[i * dp..][..dp]);
         }
-        V::run(RowsOverTile::new(rows, [k_rows, v_rows], [dp; 2], keys, d.next_multiple_of(V::LANES)));
+        V::run(RowsOverTile::new(rows, [k_rows, v_rows], [dp; 2], lead..lead + keys, d.next_multiple_of(V::LANES)));
     }
 
     /// Joins what one more split has left in `b.split` to those before it.
     #[inline(always)]
-    fn join<V: Vector>(&mut self, split: usize, count: usize) {
+    fn join<V: Vector>(&mut self, is_first: bool, count: usize) {
         let Buffers { whole, split: other, .. } = &mut self.b;
-        match split {
-            0 => swap(whole, other),
-            _ => whole.join::<V>(other, count, self.kernel.tile.dp, self.kernel.unit),
+        match is_first {
+            true => swap(whole, other),
+            false => whole.join::<V>(other, count, self.kernel.tile.dp, self.kernel.unit),
         }
     }
 }
@@ -309,11 +317,12 @@ struct OfSplits<'f, 'a, 's, 't> {
     count: usize,
     /// Whether `splits` are all that the piece has.
     is_whole: bool,
+    /// The piece's first split.
+    first: usize,
     splits: Range<usize>,
     /// Tiles in a split.
     tiles: usize,
-    /// Number of the next tile, and the split whose sums are being made.
-    tile: usize,
+    /// The split whose sums are being made.
     split: Option<usize>,
 }
 
@@ -324,7 +333,7 @@ impl OfSplits<'_, '_, '_, '_> {
         let Some(split) = self.split.take() else { return };
         let OfSplits { few, task, piece, count, .. } = self;
         if self.is_whole {
-            return few.join::<V>(split, *count);
+            return few.join::<V>(split == self.first, *count);
         }
         let Some(partials) = few.partials else { return };
         let (shape, dp, head, sums) = (few.kernel.shape, few.kernel.tile.dp, [task.n(), task.group()], &few.b.split);
@@ -340,8 +349,7 @@ impl OfSplits<'_, '_, '_, '_> {
 impl Visit for OfSplits<'_, '_, '_, '_> {
     #[inline(always)]
     fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>) {
-        let split = self.tile / self.tiles;
-        self.tile += 1;
+        let split = tile.number / self.tiles;
         if !self.splits.contains(&split) {
             return;
         }
@@ -375,18 +383,18 @@ impl Body for JoinSplits<'_, '_> {
         }
         let mut few = Few::new(kernel, rows, None, scratch);
         for piece in Piece::of_rows(shape, span, 0..span.len as usize) {
-            let splits = Splits::of(tiles(shape, kernel.mem.as_ref(), &piece)).count;
-            if splits <= kernel.splits {
+            let splits = splits_of(shape, kernel.mem.as_ref(), &piece);
+            if splits.end <= kernel.splits {
                 continue; // One task had them all.
             }
             let count = piece.tokens * shape.group();
-            for split in 0..splits {
+            for split in splits.clone() {
                 for r in 0..count {
                     let partial = partials.f32(partial_at(partials.layout(), split, piece.at(shape, head, r)));
                     few.b.split.acc[r * dp..][..dp].copy_from_slice(&partial[..dp]);
                     [few.b.split.row_max[r], few.b.split.row_sum[r]] = [partial[dp], partial[dp + 1]];
                 }
-                few.join::<V>(split, count);
+                few.join::<V>(split == splits.start, count);
             }
             V::run(Finish { few: &mut few, task, piece: &piece, count });
         }

@@ -73,16 +73,16 @@ pub(super) struct RowsOverTile<'a, E> {
     rows: RowsInBands<'a>,
     k: Run<'a, E>,
     v: Run<'a, E>,
-    /// Keys in the tile.
-    keys: usize,
+    /// Places of the tile's keys, counted from where a step begins.
+    places: Range<usize>,
     /// Channels, whole vectors: zeros behind the last.
     width: usize,
 }
 
 impl<'a, E> RowsOverTile<'a, E> {
     /// Keys and values `strides` elements apart, of `width` channels: whole vectors, zeros behind the last.
-    pub fn new(rows: RowsInBands<'a>, [k, v]: [&'a [E]; 2], strides: [usize; 2], keys: usize, width: usize) -> Self {
-        RowsOverTile { rows, k: Run { data: k, stride: strides[0] }, v: Run { data: v, stride: strides[1] }, keys, width }
+    pub fn new(rows: RowsInBands<'a>, [k, v]: [&'a [E]; 2], strides: [usize; 2], places: Range<usize>, width: usize) -> Self {
+        RowsOverTile { rows, k: Run { data: k, stride: strides[0] }, v: Run { data: v, stride: strides[1] }, places, width }
     }
 }
 
@@ -98,8 +98,9 @@ impl<E: Convert> Body for RowsOverTile<'_, E> {
             _ => [self.k.ahead(&self.v, turns / 2), self.v.ahead(&self.k, turns / 2 + 1)],
         };
         let count = self.rows.bands.last().map_or(0, |band| band.rows.end);
-        for first in (0..self.keys).step_by(STEP) {
-            let step = first..self.keys.min(first + STEP);
+        // Like tiles, steps begin at places that depend on their distance to the rows' block alone.
+        for first in (0..self.places.end).step_by(STEP) {
+            let step = first.max(self.places.start) - self.places.start..self.places.end.min(first + STEP) - self.places.start;
             for r in (0..count).step_by(V::LANES) {
                 self.step::<V, MR, NR>(step.clone(), r..count.min(r + V::LANES), ahead);
             }
