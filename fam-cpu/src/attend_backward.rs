@@ -14,6 +14,7 @@ mod keys;
 mod panel;
 
 use crate::CpuPlan;
+use crate::convert::widen;
 use crate::infini_backward::{count_in, dot, per_stream, sum_streams};
 use crate::memory::{Cache, Elements, Input};
 use crate::pack::{self, Rows};
@@ -207,11 +208,11 @@ impl Kernel<'_> {
             let row = r * dp..(r + 1) * dp;
             // o is not needed after this: its place is that of q.
             let (o, d_o) = (&mut b.q_rows[row.clone()], &mut b.d_o_rows[row]);
-            pack::row::<V>(rows.o.row(at), o);
-            pack::row::<V>(rows.d_o.row(at), d_o);
+            widen::<V>(rows.o.row(at), o);
+            widen::<V>(rows.d_o.row(at), d_o);
             let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.f32(at)[0]);
             delta[r] = mutate!("backward-delta", dot(d_o, o), 0.0) - mutate!("backward-d-lse", d_lse, 0.0);
-            pack::row::<V>(rows.q.row(at), o);
+            widen::<V>(rows.q.row(at), o);
             // A row without keys, or with none of any weight, passes nothing on.
             let saved = rows.lse.f32(at)[0];
             if saved > f32::NEG_INFINITY || saved.is_nan() {

@@ -7,8 +7,8 @@
 mod rows;
 
 use crate::CpuPlan;
+use crate::convert::widen;
 use crate::memory::{Cache, Elements, Input};
-use crate::pack;
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Phase, Task, run, run_phase, shared};
 use crate::span::SpanSource;
@@ -125,9 +125,9 @@ impl State<'_> {
     fn load<V: Vector>(&self, [slot, entry, head]: [usize; 3], m: &mut [f32], m_t: &mut [f32], z: &mut [f32]) {
         m.fill(0.0);
         for (c, m) in m.chunks_exact_mut(z.len()).take(self.m.layout().shape[4]).enumerate() {
-            pack::row::<V>(self.m.row([slot, entry, c, head]), m);
+            widen::<V>(self.m.row([slot, entry, c, head]), m);
         }
-        pack::row::<V>(self.z.row([slot, entry, 0, head]), z);
+        widen::<V>(self.z.row([slot, entry, 0, head]), z);
         transpose(m, m_t, z.len());
     }
 }
@@ -148,9 +148,9 @@ impl<'a> StateOutput<'a> {
     fn load<V: Vector>(&self, task: &mut Task, [slot, entry, head]: [usize; 3], m: &mut [f32], m_t: &mut [f32], z: &mut [f32]) {
         m.fill(0.0);
         for (c, m) in m.chunks_exact_mut(z.len()).take(self.m.layout().shape[4]).enumerate() {
-            pack::row::<V>(Elements::F32(self.m.row(task, [slot, entry, c, head])), m);
+            widen::<V>(Elements::F32(self.m.row(task, [slot, entry, c, head])), m);
         }
-        pack::row::<V>(Elements::F32(self.z.row(task, [slot, entry, 0, head])), z);
+        widen::<V>(Elements::F32(self.z.row(task, [slot, entry, 0, head])), z);
         transpose(m, m_t, z.len());
     }
 
@@ -218,9 +218,9 @@ impl Body for ReadTask<'_> {
                 let [x, s, a, d_a, d_x, o] = [&mut *x, s, a, d_a, d_x, o].map(|buffer| &mut buffer[..count * dp]);
                 for r in 0..count {
                     let row = r * dp..(r + 1) * dp;
-                    pack::row::<V>(kernel.q.row(at(r)), &mut x[row.clone()]);
-                    pack::row::<V>(kernel.o_local.row(at(r)), &mut o[row.clone()]);
-                    pack::row::<V>(kernel.d_o.row(at(r)), &mut d_a[row]);
+                    widen::<V>(kernel.q.row(at(r)), &mut x[row.clone()]);
+                    widen::<V>(kernel.o_local.row(at(r)), &mut o[row.clone()]);
+                    widen::<V>(kernel.d_o.row(at(r)), &mut d_a[row]);
                 }
                 a.fill(0.0);
                 if reads {
@@ -342,8 +342,8 @@ impl Body for WriteTask<'_> {
                     let [x, s, a, d_u, d_x, u, sigma] =
                         [&mut *x, s, a, d_u, d_x, u, sigma].map(|buffer| &mut buffer[..count * dp]);
                     for (r, (x, u)) in x.chunks_exact_mut(dp).zip(u.chunks_exact_mut(dp)).enumerate() {
-                        pack::row::<V>(k_rows.get(row_of(r)), x);
-                        pack::row::<V>(v_rows.get(row_of(r)), u);
+                        widen::<V>(k_rows.get(row_of(r)), x);
+                        widen::<V>(v_rows.get(row_of(r)), u);
                     }
                     if reads {
                         V::run(Read { x, d, m, z, s, a, den });

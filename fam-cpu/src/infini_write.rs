@@ -8,6 +8,7 @@
 //! written. What a segment adds is summed apart and added to m once, so that a large m loses nothing to the number of its keys.
 
 use crate::CpuPlan;
+use crate::convert::widen;
 use crate::infini_read::Retrieve;
 use crate::memory::{Cache, Elements, HeadRows};
 use crate::pack::{self, Rows};
@@ -89,9 +90,9 @@ impl Body for Segments<'_, '_> {
             add_m.fill(0.0);
             add_z.fill(0.0);
             for (c, m) in m.chunks_exact_mut(dp).take(d).enumerate() {
-                pack::row::<V>(Elements::F32(kernel.m.row(task, [slot, entry(i), c, kv_head])), m);
+                widen::<V>(Elements::F32(kernel.m.row(task, [slot, entry(i), c, kv_head])), m);
             }
-            pack::row::<V>(Elements::F32(kernel.z.row(task, [slot, entry(i), 0, kv_head])), z);
+            widen::<V>(Elements::F32(kernel.z.row(task, [slot, entry(i), 0, kv_head])), z);
             // A segment that began before the stream is passed over.
             if mutate!("infini-before-origin", first >= span.origin, true) {
                 let rows = kernel.keys.rows([slot, 0, kv_head]);
@@ -125,8 +126,8 @@ impl Kernel<'_> {
             let count = BLOCK_N.min((range.end - first) as usize);
             let (s, v) = (&mut s[..count * dp], &mut v[..count * dp]);
             for (t, (s, v)) in (first..).zip(s.chunks_exact_mut(dp).zip(v.chunks_exact_mut(dp))) {
-                pack::row::<V>(k_rows.get(t), s);
-                pack::row::<V>(v_rows.get(t), v);
+                widen::<V>(k_rows.get(t), s);
+                widen::<V>(v_rows.get(t), v);
             }
             if is_delta {
                 for (s, v) in s.chunks(width * dp).zip(v.chunks_mut(width * dp)) {

@@ -31,6 +31,7 @@
 mod append;
 mod attend;
 mod attend_backward;
+mod convert;
 mod device;
 mod infini_backward;
 mod infini_read;

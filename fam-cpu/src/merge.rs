@@ -5,8 +5,9 @@
 //! ```
 
 use crate::CpuPlan;
+use crate::convert::widen;
 use crate::memory::Input;
-use crate::pack::{padded, row};
+use crate::pack::padded;
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, run};
 use crate::softmax::Softmax;
@@ -38,7 +39,7 @@ pub(crate) fn merge(plan: &CpuPlan, par: &Par<'_>, args: Merge<'_, [u8]>, scratc
             for (part, weight) in parts.iter().zip(weights) {
                 // A part of weight 0 may hold NaN.
                 if weight != 0.0 {
-                    row::<Scalar>(part.o.row(at), &mut of_part[..padded(d)]);
+                    widen::<Scalar>(part.o.row(at), &mut of_part[..padded(d)]);
                     sum.iter_mut().zip(&of_part[..d]).for_each(|(sum, o)| *sum += weight * o);
                 }
             }

@@ -7,9 +7,10 @@
 //! o_a − o is p_b (o_a − o_b), so that the o of the union is not needed.
 
 use crate::CpuPlan;
+use crate::convert::widen;
 use crate::memory::Input;
 use crate::merge::{Part, ROWS};
-use crate::pack::{padded, row};
+use crate::pack::padded;
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, run};
 use crate::softmax::Softmax;
@@ -36,15 +37,15 @@ pub(crate) fn merge_backward(plan: &CpuPlan, par: &Par<'_>, args: MergeBackward<
             // Two empty parts have no sum to be shares of.
             let p = weights.map(|w| if w == 0.0 { 0.0 } else { w / union.row_sum });
             let [mut upstream, mut o] = [[0.0; MAX_HEAD_DIM]; 2];
-            row::<Scalar>(d_o.row(at), &mut upstream[..padded(d)]);
+            widen::<Scalar>(d_o.row(at), &mut upstream[..padded(d)]);
             let upstream = &mut upstream[..d];
             // d_o·(o_a − o_b); beside a part of weight 0, which may hold NaN, nothing is shared.
             let apart = if p[0] == 0.0 || p[1] == 0.0 {
                 0.0
             } else {
                 let mut o_b = [0.0; MAX_HEAD_DIM];
-                row::<Scalar>(parts[0].o.row(at), &mut o[..padded(d)]);
-                row::<Scalar>(parts[1].o.row(at), &mut o_b[..padded(d)]);
+                widen::<Scalar>(parts[0].o.row(at), &mut o[..padded(d)]);
+                widen::<Scalar>(parts[1].o.row(at), &mut o_b[..padded(d)]);
                 upstream.iter().zip(o[..d].iter().zip(&o_b)).fold(0.0, |sum, (d_o, (a, b))| sum + d_o * (a - b))
             };
             let d_lse = d_lse.as_ref().map_or(0.0, |d_lse| d_lse.f32(at)[0]);

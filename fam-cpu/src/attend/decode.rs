@@ -1,12 +1,16 @@
 //! Attention of few rows, as in decode: a token of a stream, the tokens of a draft, memory rows that are few.
 //!
-//! A task takes a kv head's keys, or some of them, for all rows of the group at once, so that memory gives each key and value once. The keys of a piece are
-//! cut into splits ([`Splits`]): each is a softmax of its own, and they are joined in their order. Where there are fewer heads than keep all
-//! threads busy, a head's splits are dealt out to several tasks, each leaves what it has in shared scratch memory, and the tasks of a second phase join
-//! it; else one task joins them as it goes. Whoever does, the arithmetic is the same.
+//! A task takes a kv head's keys, or some of them, for all rows of the group at once, so that memory gives each key and value once. Keys are
+//! cut into splits ([`tiles_of_split`]): each is a softmax of its own, and they are joined in their order. Where there are fewer heads than
+//! keep all threads busy, a head's splits are dealt out to several tasks, each leaves what it has in shared scratch memory, and the tasks of
+//! a second phase join it; else one task joins them as it goes. Whoever does, the arithmetic is the same.
+//!
+//! What a row gets does not depend on the rows beside it: tiles, steps and splits lie where the shape and the row's block put them, and one
+//! in which a row sees nothing multiplies its sums by 1 and adds 0.
 
 use super::rows::{Band, RowsInBands, RowsOverTile};
 use super::{Kernel, RowGroup};
+use crate::convert::widen;
 use crate::memory::{Cache, Elements, Input};
 use crate::pack;
 use crate::parallel::Task;
@@ -189,7 +193,7 @@ impl<'a, 's> Few<'a, 's> {
         }
         let (count, head) = (piece.tokens * shape.group(), [task.n(), task.group()]);
         for (r, q) in self.b.q.chunks_exact_mut(tile.dp).take(count).enumerate() {
-            pack::row::<V>(self.rows.q.row(piece.at(shape, head, r)), q);
+            widen::<V>(self.rows.q.row(piece.at(shape, head, r)), q);
             for q in q.chunks_exact_mut(V::LANES) {
                 V::load(q).mul(V::splat(*sign)).store(q);
             }
@@ -243,8 +247,8 @@ impl<'a, 's> Few<'a, 's> {
             }
         }
         for (i, t) in tile.range.clone().enumerate() {
-            pack::row::<V>(of_k.get(t), &mut k_rows[i * dp..][..dp]);
-            pack::row::<V>(of_v.get(t), &mut v_rows[i * dp..][..dp]);
+            widen::<V>(of_k.get(t), &mut k_rows[i * dp..][..dp]);
+            widen::<V>(of_v.get(t), &mut v_rows[i * dp..][..dp]);
         }
         V::run(RowsOverTile::new(rows, [k_rows, v_rows], [dp; 2], lead..lead + keys, d.next_multiple_of(V::LANES)));
     }

@@ -13,7 +13,7 @@
 //! `AHEAD` bytes later, one for each line that it reads: keys and values are two streams, and the processor's own prefetch loses both
 //! whenever they take turns.
 
-use crate::pack::Convert;
+use crate::convert::Convert;
 use crate::product::zero;
 use crate::softmax;
 use crate::tile::{AHEAD, STEP};

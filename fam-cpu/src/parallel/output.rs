@@ -1,8 +1,9 @@
 //! Tensors that several tasks write at once, each its own rows.
 
 use super::Task;
+use crate::convert::{Convert, narrow};
 use crate::memory::Elements;
-use crate::pack::{Convert, unpack, unpack_row};
+use crate::pack::unpack;
 use crate::vector::{Body, Vector};
 use crate::walk::Places;
 use fam_core::{Dtype, Element, Layout, Memory, ViewMut, bf16, f16};
@@ -140,9 +141,9 @@ impl Body for Write<'_, '_> {
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
         let Write { output, task, at, values } = self;
         match output.layout.dtype {
-            Dtype::F32 => unpack_row::<V, f32>(values, output.row(task, at)),
-            Dtype::F16 => unpack_row::<V, f16>(values, output.row(task, at)),
-            Dtype::Bf16 => unpack_row::<V, bf16>(values, output.row(task, at)),
+            Dtype::F32 => narrow::<V, f32>(values, output.row(task, at)),
+            Dtype::F16 => narrow::<V, f16>(values, output.row(task, at)),
+            Dtype::Bf16 => narrow::<V, bf16>(values, output.row(task, at)),
             other => unreachable!("refused when the plan was made: {other}"),
         }
     }
@@ -180,7 +181,7 @@ impl WritePanel<'_, '_> {
         for first in (0..count).step_by(V::LANES) {
             unpack::<V>(panel, first, stage);
             for (row, at) in stage.chunks_exact(dp).take(V::LANES.min(count - first)).zip(&mut places) {
-                unpack_row::<V, T>(row, output.row(task, at));
+                narrow::<V, T>(row, output.row(task, at));
             }
         }
     }
