@@ -53,48 +53,54 @@ impl Softmax {
     }
 }
 
-/// Takes a tile into the states of a vector of rows: turns the logits `s` of `keys`, −∞ where a row does not see the key, into factors of
-/// exp((s − row_max)·unit), the first of them in the place of the first logit. `s` is `[keys][MR vectors]`, of which this is the first;
-/// `row_max` is in units too, and `maxima` is what it becomes. Returns the factor that brings what was accumulated before to the new
-/// maximum.
+/// Takes a tile into the states of `M` vectors of rows: turns the logits `s` of `keys`, −∞ where a row does not see the key, into factors of
+/// exp((s − row_max)·unit), the first of them in the place of the first logit. `s` is `[keys][W]`, from the first vector on; `row_max` is in
+/// units too, and `maxima` is what it becomes. Returns the factors that bring what was accumulated before to the new maxima.
 ///
 /// The difference from the maximum is taken before it is multiplied: it is exact where logits are close, however large they are. Sums are
 /// those of the exponentials before they are rounded to factors, as `lse` needs them; to `o` the one is as good as the other.
 #[inline(always)]
-pub(crate) fn update<V: Vector, F: Factor>(
+pub(crate) fn update<V: Vector, F: Factor, const M: usize>(
     [row_max, row_sum]: [&mut [f32]; 2],
-    maxima: V,
+    maxima: [V; M],
     unit: f32,
     s: &mut [f32],
     width: usize,
     keys: Range<usize>,
-) -> V {
+) -> [V; M] {
     #[cfg(fam_mutants)]
     mutate!("attend-logits-16-bit", (), {
         let round = |s: f32| fam_core::f16::from_f32(s * unit).to_f32() / unit;
-        keys.clone().for_each(|t| s[t * width..][..V::LANES].iter_mut().for_each(|s| *s = round(*s)));
+        keys.clone().for_each(|t| s[t * width..][..M * V::LANES].iter_mut().for_each(|s| *s = round(*s)));
     });
-    let maxima = mutate!("attend-max-from-zero", maxima, maxima.max(V::splat(0.0)));
-    let (shift, factor) = exponents(maxima, unit);
-    let before = exp2(V::load(row_max).sub(shift).mul(factor));
-    let mut sum = V::load(row_sum).mul(mutate!("attend-sum-not-rescaled", before, V::splat(1.0)));
-    for i in keys.start / F::TERMS..keys.end.div_ceil(F::TERMS) {
-        // Beside the only visible key of a factor is a 0.
-        let mut terms = [V::splat(0.0); 2];
-        for n in 0..F::TERMS {
-            let t = i * F::TERMS + n;
-            if keys.contains(&t) {
-                terms[n] = exp2(V::load(&s[t * width..]).sub(shift).mul(factor));
-                sum = sum.add(terms[n]);
-            }
-        }
-        F::join(terms).store(&mut s[i * width..]);
+    let [mut before, mut sum, mut shift, mut factor] = [maxima; 4];
+    for j in 0..M {
+        let maxima = mutate!("attend-max-from-zero", maxima[j], maxima[j].max(V::splat(0.0)));
+        (shift[j], factor[j]) = exponents(maxima, unit);
+        before[j] = exp2(V::load(&row_max[j * V::LANES..]).sub(shift[j]).mul(factor[j]));
+        sum[j] = V::load(&row_sum[j * V::LANES..]).mul(mutate!("attend-sum-not-rescaled", before[j], V::splat(1.0)));
+        maxima.store(&mut row_max[j * V::LANES..]);
     }
-    maxima.store(row_max);
-    sum.store(row_sum);
+    for i in keys.start / F::TERMS..keys.end.div_ceil(F::TERMS) {
+        for j in 0..M {
+            // Beside the only visible key of a factor is a 0.
+            let mut terms = [V::splat(0.0); 2];
+            for n in 0..F::TERMS {
+                let t = i * F::TERMS + n;
+                if keys.contains(&t) {
+                    terms[n] = exp2(V::load(&s[t * width + j * V::LANES..]).sub(shift[j]).mul(factor[j]));
+                    sum[j] = sum[j].add(terms[n]);
+                }
+            }
+            F::join(terms).store(&mut s[i * width + j * V::LANES..]);
+        }
+    }
+    for j in 0..M {
+        sum[j].store(&mut row_sum[j * V::LANES..]);
+    }
     #[cfg(fam_mutants)]
-    mutate!("attend-sum-16-bit", (), row_sum.iter_mut().for_each(|x| *x = fam_core::f16::from_f32(*x).to_f32()));
-    mutate!("attend-acc-not-rescaled", before, V::splat(1.0))
+    mutate!("attend-sum-16-bit", (), row_sum[..M * V::LANES].iter_mut().for_each(|x| *x = fam_core::f16::from_f32(*x).to_f32()));
+    mutate!("attend-acc-not-rescaled", before, [V::splat(1.0); M])
 }
 
 /// Joins the states of a vector of rows over other keys to theirs. Returns the factors that bring what was accumulated over either set of
@@ -141,7 +147,7 @@ mod tests {
             let (mut row_max, mut row_sum) = ([state.row_max; 16], [state.row_sum; 16]);
             let largest = logits.iter().fold(V::splat(state.row_max), |max, s| max.max(V::splat(*s)));
             let state = [&mut row_max[..], &mut row_sum[..]];
-            let before = update::<V, f32>(state, largest, 1.0, &mut s, V::LANES, 0..logits.len());
+            let [before] = update::<V, f32, 1>(state, [largest], 1.0, &mut s, V::LANES, 0..logits.len());
             let mut factor = [0.0; 16];
             before.store(&mut factor);
             let state = Softmax { row_max: row_max[0], row_sum: row_sum[0] };

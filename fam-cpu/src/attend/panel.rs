@@ -65,13 +65,14 @@ impl<F: Factor> Body for PanelOverTile<'_, F> {
         }
 
         let mut before = [V::splat(1.0); MR];
-        for j in 0..MR {
-            let keys = self.seen[j].any.clone();
-            if !keys.is_empty() {
-                let lanes = j * V::LANES..(j + 1) * V::LANES;
-                let state = [&mut self.row_max[lanes.clone()], &mut self.row_sum[lanes.clone()]];
-                let (s, width) = (&mut self.s[lanes.start..], MR * V::LANES);
-                before[j] = softmax::update::<V, F>(state, maxima[j], self.unit, s, width, keys);
+        let (width, [row_max, row_sum]) = (MR * V::LANES, [&mut *self.row_max, &mut *self.row_sum]);
+        if self.seen[..MR].iter().all(|s| s.any == any) {
+            before = softmax::update::<V, F, MR>([row_max, row_sum], maxima, self.unit, self.s, width, any.clone());
+        } else {
+            for j in (0..MR).filter(|j| !self.seen[*j].any.is_empty()) {
+                let (first, keys) = (j * V::LANES, self.seen[j].any.clone());
+                let state = [&mut row_max[first..], &mut row_sum[first..]];
+                [before[j]] = softmax::update::<V, F, 1>(state, [maxima[j]], self.unit, &mut self.s[first..], width, keys);
             }
         }
 

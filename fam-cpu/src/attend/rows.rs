@@ -155,7 +155,7 @@ impl<E: Convert> RowsOverTile<'_, E> {
         for s in s.chunks_exact(V::LANES).take(step.len()) {
             maxima = maxima.max(V::load(s));
         }
-        let factors = softmax::update::<V, f32>(states, maxima, *unit, s, V::LANES, 0..step.len());
+        let [factors] = softmax::update::<V, f32, 1>(states, [maxima], *unit, s, V::LANES, 0..step.len());
         let mut before = [0.0; MAX_LANES];
         factors.store(&mut before);
 
