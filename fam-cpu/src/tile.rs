@@ -41,7 +41,7 @@ pub(crate) const STEP: usize = 16;
 pub(crate) const AHEAD: usize = 8192;
 
 /// Fewest tiles in a split of few rows' keys, and most splits.
-const SPLIT: usize = 2;
+const SPLIT: usize = 4;
 pub(crate) const MAX_SPLITS: usize = 16;
 
 /// Tiles of keys in a split of few rows' keys, if a row of the shape sees at most so many. Each split is a softmax of its own, and they are
