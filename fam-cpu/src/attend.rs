@@ -238,7 +238,7 @@ impl Kernel<'_> {
             let weights = &mut b.ranges[..width];
             for (r, at) in (0..count).zip(places(first)) {
                 let (row_max, row_sum) = (b.states[first + r], b.states[self.tile.rows + first + r]);
-                let weight = self.weigh::<V>(task, rows, at, Softmax { row_max, row_sum });
+                let weight = self.weigh(task, rows, at, Softmax { row_max, row_sum });
                 if weight.is_none() {
                     acc.iter_mut().skip(r).step_by(width).for_each(|o| *o = 0.0);
                 }
@@ -266,8 +266,7 @@ impl Kernel<'_> {
 
     /// Ends a row, whose maximum is in units: writes its lse. Returns what its sums are multiplied by; `None` of an empty row, whose result
     /// is 0 whatever its sums are.
-    #[inline(always)]
-    fn weigh<V: Vector>(&self, task: &mut Task, rows: &RowGroup<'_>, at: [usize; 4], keys: Softmax) -> Option<f32> {
+    fn weigh(&self, task: &mut Task, rows: &RowGroup<'_>, at: [usize; 4], keys: Softmax) -> Option<f32> {
         let without_sink = Softmax { row_max: keys.row_max * self.unit, ..keys };
         let (mut state, mut before) = (without_sink, 1.0);
         if let Some(sink) = &self.sink {
@@ -275,7 +274,7 @@ impl Kernel<'_> {
         }
         if let Some(lse) = &rows.lse {
             let value = mutate!("attend-lse-without-sink", state, without_sink).lse();
-            lse.write::<V>(task, at, &[mutate!("attend-lse-log2", value, value * std::f32::consts::LOG2_E)]);
+            lse.row(task, at)[0] = mutate!("attend-lse-log2", value, value * std::f32::consts::LOG2_E);
         }
         let divisor = mutate!("attend-sink-weightless", state, without_sink);
         (!divisor.is_empty()).then(|| before * divisor.weight())

@@ -194,8 +194,10 @@ impl<'a, 's> Few<'a, 's> {
         let (count, head) = (piece.tokens * shape.group(), [task.n(), task.group()]);
         for (r, q) in self.b.q.chunks_exact_mut(tile.dp).take(count).enumerate() {
             widen::<V>(self.rows.q.row(piece.at(shape, head, r)), q);
-            for q in q.chunks_exact_mut(V::LANES) {
-                V::load(q).mul(V::splat(*sign)).store(q);
+            if *sign != 1.0 {
+                for q in q.chunks_exact_mut(V::LANES) {
+                    V::load(q).mul(V::splat(*sign)).store(q);
+                }
             }
         }
         self.b.whole.clear(count, tile.dp);
@@ -284,7 +286,7 @@ impl Body for Finish<'_, '_, '_> {
         let infini = kernel.infini.as_ref().filter(|_| !piece.is_memory);
         for (r, o) in b.whole.acc.chunks_exact_mut(dp).take(count).enumerate() {
             let keys = Softmax { row_max: b.whole.row_max[r], row_sum: b.whole.row_sum[r] };
-            match kernel.weigh::<V>(task, rows, at(r), keys) {
+            match kernel.weigh(task, rows, at(r), keys) {
                 Some(weight) => {
                     for o in o.chunks_exact_mut(V::LANES) {
                         V::load(o).mul(V::splat(weight)).store(o);
