@@ -97,10 +97,12 @@ impl<'a> Output<'a> {
     pub fn row<'t, T: Element>(&'t self, task: &'t mut Task, at: [usize; 4]) -> &'t mut [T] {
         assert!(self.owner.owns(task, at), "row {at:?} is another task's");
         assert!(T::DTYPE == self.layout.dtype);
+        assert!(at.iter().zip(&self.layout.shape).all(|(at, size)| at < size), "no row {at:?} in {:?}", self.layout.shape);
         let (first, len) = (self.layout.at(at) * size_of::<T>(), self.layout.shape[4]);
         assert!(first + len * size_of::<T>() <= self.bytes);
         // SAFETY: the row lies in the borrowed bytes, aligned (`new`), and any bytes are a T. A row has one owner, tasks exist once, and
-        // the layout's elements are distinct, so no other thread touches it; this thread holds no other row, since it needs the task.
+        // rows of different indices within the layout's shape are distinct, so no other thread touches it; this thread holds no other row,
+        // since it needs the task.
         unsafe { std::slice::from_raw_parts_mut(self.first.add(first).cast::<T>(), len) }
     }
 
