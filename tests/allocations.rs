@@ -50,7 +50,7 @@ fn main() -> fam::Result<()> {
     assert_eq!(ALLOCATIONS.load(SeqCst) - before, 1);
 
     let pool = Pool::new(4)?;
-    let base = || Shape::builder().heads(8).kv_heads(2).head_dim(32).block_len(BLOCK).window(Window::Blocks(2));
+    let base = || Shape::builder().heads(8).kv_heads(2).head_dim(32).block_len(BLOCK).window(Window::Blocks(16));
     let mut steps = 0;
     for shape in [base().mem_len(8), base().mem_len(4).infini(InfiniRule::Delta)] {
         for dtype in Dtype::ALL {
@@ -100,7 +100,8 @@ fn hostile_snapshots() -> fam::Result<()> {
 
 /// Allocations during the first blocks of three fresh streams: every second block whole, the others token by token.
 fn allocations_of_a_stream<T: Element>(shape: &Shape, mut par: Par<'_>) -> fam::Result<usize> {
-    let cpu = Cpu::new()?.with_threads(4);
+    // So many threads, and a window of several splits: tasks share a decode's keys.
+    let cpu = Cpu::new()?.with_threads(16);
     let plan = cpu.plan(&shape.spec(STREAMS, BLOCK).build()?)?;
     let mut streams = Streams::new(cpu, &plan)?;
     let mut scratch = cpu.alloc(plan.support().scratch_bytes)?;

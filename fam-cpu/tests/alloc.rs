@@ -47,7 +47,7 @@ fn main() {
     let (n, len, h, kv, d, f, b) = (2, 20, 4, 2, 32, 3, 16);
     let builder = Shape::builder().heads(h).kv_heads(kv).head_dim(d).block_len(b).window(Window::Blocks(16)).mem_len(f);
     let shape = builder.infini(InfiniRule::Delta).build().unwrap();
-    let cpu = Cpu::new().unwrap().with_threads(3);
+    let cpu = Cpu::new().unwrap().with_threads(16);
     let spec = shape.spec(n, len).blocks(2).ops(&Op::FORWARD).build().unwrap();
     let plan = cpu.plan(&spec).unwrap();
     let (mut scratch, mut ring) = (vec![0; plan.support().scratch_bytes as usize], cpu.alloc(plan.support().ring_bytes).unwrap());
@@ -59,15 +59,16 @@ fn main() {
     let tokens = |heads, d| Layout::tokens(fam_core::Dtype::F32, [n, len, heads, d]);
     let memory = |heads| Layout::packed(fam_core::Dtype::F32, [n, 2, f, heads, d]);
     let per_head = View::of(&x, Layout::per_head(h));
-    // A prefill, and a decode whose keys several tasks share.
+    // A prefill, and a decode whose keys several tasks share: what they leave is joined in the op's second phase.
     let spans = [Span::new(1, 0, len as u32).with_mem_rows(3), Span::new(0, 203, 2)];
     let pool = Pool::new(3).unwrap();
 
-    let queues = [Par::Serial, Par::Pool(&pool), Par::Caller(&Inline), Par::Slice { ith: 0, nth: 2, phase: 0 }];
+    let queues = [Par::Serial, Par::Pool(&pool), Par::Caller(&Inline), Par::Slice { ith: 0, nth: 1, phase: 0 }];
     for par in queues.into_iter().cycle().take(20) {
         let device = Spans::Device { mem: bytemuck::cast_slice(&spans), batch: n };
         for spans in [Spans::Host(&spans), device] {
             let mut queue = par;
+            o.fill(f32::NAN);
             let before = ALLOCATIONS.load(SeqCst);
             let new = View::of(&x, tokens(kv, d));
             let append = Append::new(spans).rows(new, new, ring).mem_rows(
@@ -89,6 +90,9 @@ fn main() {
                 .sink(per_head)
                 .infini(state());
             cpu.attend(&plan, &mut queue, attend, &mut scratch).unwrap();
+            let is_first_phase = matches!(par, Par::Slice { phase: 0, .. });
+            assert!(o[..len * h * d].iter().all(|o| o.is_finite()), "the prefill's rows, {par:?}");
+            assert!(o[len * h * d..][..2 * h * d].iter().all(|o| o.is_nan() == is_first_phase), "the decode's rows, {par:?}");
             let read = InfiniRead::new(spans, state(), q, ViewMut::of(&mut o, tokens(h, d)));
             cpu.infini_read(&plan, &mut queue, read, &mut scratch).unwrap();
             let part = || Partial { o: q, lse: View::of(&lse, tokens(h, 1)) };

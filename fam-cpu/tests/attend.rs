@@ -10,7 +10,7 @@ use fam_cpu::{Cpu, FEW_ROWS, Isa, Par};
 /// (heads, head_dim, block_len, window, mem_len, tokens, origin).
 type Case = ([usize; 2], usize, usize, Window, usize, usize, u64);
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 15] = [
     ([1, 1], 1, 1, Window::Blocks(0), 0, 1, 0),
     ([1, 1], 8, 4, Window::Blocks(1), 2, 11, 0),
     ([2, 1], 64, 64, Window::Blocks(1), 7, 150, 0),
@@ -21,6 +21,8 @@ const CASES: [Case; 14] = [
     ([4, 1], 59, 100, Window::Blocks(1), 3, 230, 37),
     ([1, 1], 128, 32, Window::Tokens(1), 4, 40, 0),
     ([2, 2], 24, 32, Window::Tokens(33), 4, 140, 5),
+    // Steps of 19 tokens are not few, and their windows begin amid a block at odd places too.
+    ([4, 1], 64, 100, Window::Tokens(33), 2, 230, 5),
     ([2, 1], 256, 16, Window::Tokens(70), 2, 100, 0),
     ([9, 3], 111, 5, Window::Blocks(20), 2, 130, 11),
     ([130, 1], 2, 3, Window::Blocks(2), 2, 10, 0),
