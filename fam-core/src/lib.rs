@@ -42,8 +42,9 @@
 //! p_j ∝ exp(scale · q·k_j)      o = Σ p_j v_j      lse = ln Σ exp(scale · q·k_j)
 //! ```
 //!
-//! * A row that sees no key has `o = +0`, `lse = −inf`. A row that sees one key returns its v, bit for bit in f32 (but for a zero's sign). No
-//!   finite number stands for −inf, and no epsilon sits in a denominator.
+//! * A row that sees no key has `o = +0`, `lse = −inf`. A row that sees one key returns its v, bit for bit in f32 (but for a zero's sign; and
+//!   subnormal numbers of bf16 count as 0 where a backend says so, as `fam-cpu` does at the level `avx512bf16`). No finite number stands for
+//!   −inf, and no epsilon sits in a denominator.
 //! * A visible logit of −inf has weight 0. Bytes that no row of the call may see have no effect, even if they are NaN.
 //! * `sink`: a logit per query head that joins every row's denominator with a value of zero; `lse` includes it. An otherwise empty row then
 //!   has `o = +0`, `lse = sink`.
@@ -118,7 +119,8 @@
 //!
 //! Within the error bound: block by block = the dense mask over the whole sequence; step = prefill = decode; both row groups in one call = two
 //! calls; any split of the keys, merged. Bit for bit: a row does not depend on keys it may not see, on the other streams of the batch, on slots
-//! or on the number of threads; a stream cut at a block's boundary, with snapshot and restore between, goes on unchanged; a repeat repeats.
+//! or on the number of threads; the same calls give the same with a snapshot and restore at a block's boundary between them; a repeat
+//! repeats.
 //!
 //! # 8. The backward pass
 //!
