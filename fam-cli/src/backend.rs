@@ -58,6 +58,10 @@ impl Harness for CpuHarness {
 
     fn limits(&self) -> Limits {
         let pairs = self.cpu.isa().pairs();
-        Limits::default().key_tile(fam::cpu::BLOCK_N).p16(pairs).flushes(pairs)
+        Limits::default()
+            .key_tile(fam::cpu::BLOCK_N)
+            .p16(pairs)
+            .flushes(pairs)
+            .few_rows([fam::cpu::FEW_ROWS, fam::cpu::FEW_MEM_ROWS])
     }
 }

@@ -56,7 +56,7 @@ mod walk;
 pub use isa::Isa;
 pub use parallel::pool::Pool;
 pub use parallel::{Executor, Par};
-pub use tile::{BLOCK_N, FEW_ROWS};
+pub use tile::{BLOCK_N, FEW_MEM_ROWS, FEW_ROWS};
 
 use fam_core::{
     Append, Attend, AttendBackward, Backend, Dtype, Error, InfiniRead, InfiniReadBackward, InfiniWrite, InfiniWriteBackward,
@@ -255,11 +255,13 @@ pub const MUTANTS: &[&str] = &[
     "attend-mem-rows-window",
     "attend-next-memory",
     "attend-origin",
+    "attend-pair-whole",
     "attend-partial-tile",
     "attend-ring-wrap",
     "attend-scale",
     "attend-sink-weightless",
     "attend-slot",
+    "attend-split-lost",
     "attend-split-unshifted",
     "attend-stale-row",
     "attend-sum-16-bit",
@@ -271,6 +273,7 @@ pub const MUTANTS: &[&str] = &[
     "backward-d-lse",
     "backward-delta",
     "backward-mem-from-rows",
+    "backward-rows-seeing",
     "backward-scale-k",
     "backward-scale-q",
     "infini-backward-d-z",

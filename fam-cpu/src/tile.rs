@@ -30,8 +30,8 @@ pub(crate) const CHAIN: usize = 64;
 /// Rows that are few, and rows that are not, differ in their last bits.
 pub const FEW_ROWS: usize = 16;
 
-/// The same of a block's memory rows: beside a block of tokens their keys come from a cache, not from memory.
-const FEW_MEM_ROWS: usize = 8;
+/// The same of a block's memory rows, times query heads of a group: beside a block of tokens their keys come from a cache, not from memory.
+pub const FEW_MEM_ROWS: usize = 8;
 
 /// Keys that few rows take at once. A step of keys and one of values are read in turn, and the shorter the turns, the better does memory
 /// deliver both; but each step rescales.

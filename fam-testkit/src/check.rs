@@ -274,7 +274,7 @@ impl<'a> Checker<'a> {
             return;
         }
         let of_output = self.bound.out_dtype.unit_roundoff();
-        let coarsest = self.bound.p16.map_or(of_output, |p16| of_output.max(p16.unit_roundoff()));
+        let coarsest = self.bound.of_rows(row.is_few).p16.map_or(of_output, |p16| of_output.max(p16.unit_roundoff()));
         for ((&got, &expected), &a) in got.iter().zip(row.o).zip(row.a) {
             let unit = coarsest * a;
             if unit > 64.0 * tiny(self.bound.out_dtype) && expected.is_finite() && got.is_finite() {

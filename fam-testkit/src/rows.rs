@@ -85,6 +85,14 @@ impl Problem {
         let (o, a, lse) = (rows.o.row(&at), rows.a.row(&at), rows.lse[at]);
         let block = if is_memory { i } else { (shape.block(position) - shape.block(span.start)) as usize };
         let (s, is_beyond_f32) = self.logits(is_memory, rows.s[at], at, block, keys.clone());
+        let rows_of_block = if is_memory {
+            shape.mem_len()
+        } else {
+            let own = span.block_keys(block, shape.block_len());
+            (own.end - own.start.max(span.start)) as usize
+        };
+        let is_few = limits.is_few(shape, is_memory, rows_of_block);
+        let flushes = !is_few && limits.flushes.contains(&shape.dtype());
         let v_max = rows.v_max[at];
         let hides_all = rows.s[at].is_infinite() && a.iter().all(|a| *a == 0.0) && sink == Some(lse);
         let sees_others = o.iter().any(|o| !o.is_finite());
@@ -107,7 +115,7 @@ impl Problem {
             tiles: tiles(keys.clone(), shape.block_len(), span.mem_rows as usize, limits.key_tile),
             d: shape.head_dim() as f64,
             v_max: if v_max.is_finite() { v_max } else { seen.finite.v_max },
-            flushed: if limits.flushes.contains(&shape.dtype()) { self.flushed(is_memory, at, block, keys.clone()) } else { 0.0 },
+            flushed: if flushes { self.flushed(is_memory, at, block, keys.clone()) } else { 0.0 },
         };
         let may_be_nan = limits.nan != NanReach::Rows && self.loads_others(is_memory, at, limits);
         let sums_leave_f32 = condition.n * condition.v_max > f64::from(f32::MAX) && {
@@ -116,7 +124,7 @@ impl Problem {
             values.for_each(|v| sums.iter_mut().zip(v).for_each(|(sum, v)| *sum += magnitude(*v)));
             sums.iter().any(|sum| *sum > f64::from(f32::MAX))
         };
-        Row { index: at, o, a, lse, condition, class, sums_leave_f32, may_be_nan }
+        Row { index: at, o, a, lse, condition, class, is_few, sums_leave_f32, may_be_nan }
     }
 
     /// S as the bound takes it, and whether a logit may leave f32.
@@ -270,6 +278,8 @@ pub(crate) struct Row<'a> {
     /// The `o` and `a` of a channel are filled in for each.
     pub condition: Condition,
     pub class: Class,
+    /// Whether the kernel computes the row in f32 whatever the dtype ([`Limits::few_rows`]).
+    pub is_few: bool,
     /// Values whose sum, before it is divided by that of their weights, is no number of f32: `o` is left open, `lse` is not.
     pub sums_leave_f32: bool,
     /// One of the row's tiles may load what is not finite, and the kernel says that its NaN then spreads.
@@ -318,6 +328,7 @@ impl Row<'_> {
     /// What channel c of `o` should be, and how closely; with what was read where the compressive memory is gated in.
     pub fn element(&self, c: usize, bound: &Bound<'_>, read: Option<&Read>) -> (f64, Rule) {
         let condition = Condition { o: self.o[c], a: self.a[c], ..self.condition };
+        let bound = &bound.of_rows(self.is_few);
         let (expected, rule) = match (read, self.class) {
             (None, Class::Empty) => (0.0, Rule::Zero),
             (None, Class::Copy) if !(bound.flushes && self.o[c].abs() < f32::MIN_POSITIVE.into()) => (self.o[c], Rule::Same),

@@ -18,7 +18,7 @@
 
 use crate::distribution::exp2;
 use crate::finite::magnitude;
-use fam_core::Dtype;
+use fam_core::{Dtype, Shape};
 use fam_ref::Written;
 
 /// u of f32.
@@ -87,12 +87,15 @@ pub struct Limits {
     pub max_elements: u64,
     /// BLOCK_N: keys that are added up before the running maximum is looked at again. `usize::MAX`: as many as there are.
     pub key_tile: usize,
-    /// The dtypes whose kernels round probabilities to that dtype before P·V.
+    /// The dtypes whose kernels round probabilities to that dtype before P·V, but for rows that are few.
     pub p16: &'static [Dtype],
     /// The dtypes whose backward kernels round probabilities, and gradients of logits, to that dtype before a product.
     pub p16_backward: &'static [Dtype],
-    /// The dtypes in which attention's products take operands, and sums, that are subnormal in f32 for 0.
+    /// The dtypes in which attention's products take operands, and sums, that are subnormal in f32 for 0, but for rows that are few.
     pub flushes: &'static [Dtype],
+    /// Most block rows of a block in a call (tokens times query heads of a group), and most memory rows of a block (times these heads), that
+    /// are few: whose probabilities and products are f32 in every dtype.
+    pub few_rows: [usize; 2],
     /// How far NaN spreads.
     pub nan: NanReach,
     /// Further errors.
@@ -109,6 +112,7 @@ impl Default for Limits {
             p16: &[],
             p16_backward: &[],
             flushes: &[],
+            few_rows: [0; 2],
             nan: NanReach::Rows,
             terms: &[],
         }
@@ -121,6 +125,11 @@ impl Limits {
     pub fn any_kernel() -> Self {
         let p16 = &[Dtype::F16, Dtype::Bf16];
         Limits { key_tile: 1, p16, p16_backward: p16, flushes: &Dtype::ALL, nan: NanReach::Tiles, ..Limits::default() }
+    }
+
+    /// Whether the rows of so many tokens of one block in a call, or of so many of its memory rows, are few.
+    pub fn is_few(&self, shape: &Shape, is_memory: bool, tokens: usize) -> bool {
+        tokens * shape.group() <= self.few_rows[usize::from(is_memory)]
     }
 
     /// Whether `key_tile` is the size of a kernel's tile, and not the one or the other extreme.
@@ -156,6 +165,12 @@ impl Limits {
     #[must_use]
     pub fn flushes(mut self, dtypes: &'static [Dtype]) -> Self {
         self.flushes = dtypes;
+        self
+    }
+    /// Declares up to how many block rows, and memory rows, are computed in f32.
+    #[must_use]
+    pub fn few_rows(mut self, most: [usize; 2]) -> Self {
+        self.few_rows = most;
         self
     }
     /// Declares how far NaN spreads.
@@ -195,6 +210,11 @@ impl<'a> Bound<'a> {
         let rounds = |dtypes: &[Dtype]| dtypes.contains(&dtype).then_some(dtype);
         let (p16, p16_backward) = (rounds(limits.p16), rounds(limits.p16_backward));
         Bound { level, out_dtype, p16, p16_backward, flushes: limits.flushes.contains(&dtype), terms: limits.terms }
+    }
+
+    /// The bounds of rows that are few, or are not ([`Limits::few_rows`]).
+    pub fn of_rows(&self, are_few: bool) -> Self {
+        if are_few { Bound { p16: None, flushes: false, ..*self } } else { *self }
     }
 
     /// Of an element of `o`, as it is stored.

@@ -64,7 +64,7 @@ fn threads_change_nothing() {
         assert!(serial.coverage.ops_and_dtypes() == ops.len() * Dtype::ALL.len(), "{}", serial.coverage);
         let pools = [1, 2, 3, 7].map(|threads| (format!("a pool of {threads}"), CpuHarness::pool(threads)));
         let callers = [1, 3].map(|threads| (format!("{threads} threads of the caller's"), CpuHarness::caller(threads)));
-        let slices = [1, 2, 5].map(|nth| (format!("{nth} slices"), CpuHarness::slices(nth)));
+        let slices = [1, 2, 5].map(|nth| (format!("{nth} slices"), CpuHarness::slices(nth, 8)));
         for (place, h) in pools.into_iter().chain(callers).chain(slices) {
             let report = suite(&h, &options);
             assert!(report.is_ok(), "{place}:\n{report}");

@@ -145,6 +145,7 @@ impl Call {
         for (name, rows, got) in [("o", attended.rows, &self.o[0]), ("mem_o", attended.mem_rows, &self.o[1])] {
             let Some(rows) = rows else { continue };
             let [batch, _, count, ..] = rows.o.shape;
+            let bound = bound.of_rows(self.limits.is_few(&self.shape, name == "mem_o", count));
             for (n, r, h) in (0..batch * count * group).map(|i| (i / (count * group), i / group % count, i % group)) {
                 let row = [n, 0, r, h];
                 let tiles = (rows.n[row] / self.limits.key_tile as f64).ceil();

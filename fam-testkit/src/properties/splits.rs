@@ -77,6 +77,8 @@ pub(super) fn splits<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, St
     for at in problem.indices(false) {
         let [n, i, r, head] = at;
         let row = problem.row(false, expected, at, &limits);
+        // Parts have as many rows as the whole.
+        let bound = bound.of_rows(row.is_few);
         // A part may begin inside a tile.
         let c = Condition { tiles: row.condition.tiles + 1.0, ..row.condition };
         // No lse of a part is larger than this, so no two are further apart than twice it.
@@ -130,6 +132,7 @@ pub(super) fn sink<H: Harness + ?Sized>(h: &H, seed: u64) -> Result<Passed, Stop
         let lse = without_sink.lse.as_ref().map_or(f64::NAN, |lse| lse.row(&at)[0]);
         let share = fam_ref::gate(lse - sink);
         let row = problem.row(false, expected, at, &limits);
+        let bound = bound.of_rows(row.is_few);
         let sunk = Condition { sink: magnitude(sink), ..row.condition };
         let lse_error = bound.lse(lse, &row.condition);
         for (x, &got) in with_sink.o.row(&at).iter().enumerate() {

@@ -28,6 +28,11 @@ impl CpuHarness {
         Self::new(1, Place::Serial)
     }
 
+    /// The same by plans for so many threads: work is cut as for these, and an op's second phase runs.
+    pub fn serial_planned_for(threads: usize) -> Self {
+        Self::new(threads, Place::Serial)
+    }
+
     /// On a pool of the backend's own.
     pub fn pool(threads: usize) -> Self {
         Self::new(threads, Place::Pool(Pool::new(threads).unwrap()))
@@ -38,9 +43,10 @@ impl CpuHarness {
         Self::new(threads, Place::Caller(Scoped(threads)))
     }
 
-    /// In `nth` slices one after the other. For work of one op: the slices of a second must wait for all of the first.
-    pub fn slices(nth: usize) -> Self {
-        Self::new(1, Place::Slices(nth))
+    /// In `nth` slices one after the other, by plans for `threads` threads. For work of one op: the slices of a second must wait for all of
+    /// the first.
+    pub fn slices(nth: usize, threads: usize) -> Self {
+        Self::new(threads, Place::Slices(nth))
     }
 }
 
@@ -86,6 +92,10 @@ impl Harness for CpuHarness {
 
     fn limits(&self) -> Limits {
         let pairs = self.cpu.isa().pairs();
-        Limits::default().key_tile(fam_cpu::BLOCK_N).p16(pairs).flushes(pairs)
+        Limits::default()
+            .key_tile(fam_cpu::BLOCK_N)
+            .p16(pairs)
+            .flushes(pairs)
+            .few_rows([fam_cpu::FEW_ROWS, fam_cpu::FEW_MEM_ROWS])
     }
 }
