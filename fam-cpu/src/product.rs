@@ -23,7 +23,7 @@ use crate::isa::Isa;
 use crate::tile::CHAIN;
 use crate::vector::{Body, Vector};
 use bytemuck::{Pod, Zeroable};
-use fam_core::bf16;
+use fam_core::{bf16, mutate};
 use std::ops::Range;
 
 /// What a product multiplies. As large as an f32, so that one scratch memory serves all.
@@ -80,7 +80,7 @@ impl Factor for Pair {
     }
     #[inline(always)]
     fn add_products_within<V: Vector>(self, x: V, sum: V, k: usize, [first, end]: [V; 2]) -> V {
-        let [first_term, second_term] = [2 * k, 2 * k + 1].map(|term| term as f32);
+        let [first_term, second_term] = [2 * k, 2 * k + mutate!("attend-pair-whole", 1, 0)].map(|term| term as f32);
         let Pair(b) = self;
         let sum = Pair([bf16::ZERO, b[1]]).add_product(x, sum).select(V::splat(second_term).is_within(first, end), sum);
         Pair([b[0], bf16::ZERO]).add_product(x, sum).select(V::splat(first_term).is_within(first, end), sum)

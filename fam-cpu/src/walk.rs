@@ -7,8 +7,8 @@
 //! ```
 //!
 //! in tiles of `BLOCK_N` keys. Window tiles are counted back from the block's start, those of the current block forward from it. So which
-//! keys share a tile depends on their distance to the row's block alone: a row's arithmetic is the same in a step and a prefill, in any
-//! batch, slot, cache or tile of rows, and so are its bits.
+//! keys share a tile depends on their distance to the row's block alone: a row's arithmetic is the same in a step and a prefill of
+//! more than `FEW_ROWS` rows, in any batch, slot, cache or tile of rows, and so are its bits; and rows that are few have theirs.
 
 use crate::memory::{Cache, HeadRows};
 use crate::tile::{BLOCK_N, MAX_MR, MAX_WIDTH, Tile};
@@ -186,6 +186,7 @@ impl KeyTile<'_> {
     pub fn rows_seeing(&self, keys: &Range<usize>) -> Range<usize> {
         let (group, tokens) = (self.shape.group(), self.piece.tokens);
         let first = partition_point(tokens, |t| self.visible(t).end <= keys.start);
+        let first = mutate!("backward-rows-seeing", first, (first + 1).min(tokens));
         first * group..partition_point(tokens, |t| self.visible(t).start < keys.end) * group
     }
 

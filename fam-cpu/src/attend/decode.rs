@@ -394,7 +394,7 @@ impl Body for JoinSplits<'_, '_> {
                 continue; // One task had them all.
             }
             let count = piece.tokens * shape.group();
-            for split in splits.clone() {
+            for split in mutate!("attend-split-lost", splits.clone(), splits.start..splits.end - 1) {
                 for r in 0..count {
                     let partial = partials.f32(partial_at(partials.layout(), split, piece.at(shape, head, r)));
                     few.b.split.acc[r * dp..][..dp].copy_from_slice(&partial[..dp]);
