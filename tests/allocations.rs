@@ -50,7 +50,7 @@ fn main() -> fam::Result<()> {
     assert_eq!(ALLOCATIONS.load(SeqCst) - before, 1);
 
     let pool = Pool::new(4)?;
-    let base = || Shape::builder().heads(8).kv_heads(2).head_dim(32).block_len(BLOCK).window(Window::Blocks(16));
+    let base = || Shape::builder().heads(8).kv_heads(2).head_dim(32).block_len(BLOCK).window(Window::Blocks(64));
     let mut steps = 0;
     for shape in [base().mem_len(8), base().mem_len(4).infini(InfiniRule::Delta)] {
         for dtype in Dtype::ALL {
