@@ -268,10 +268,12 @@ fn segments(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> [Range<i64
     [window, 0..memory, own]
 }
 
-/// Most tiles of window, memory and own block that a row of the shape sees. They have numbers in this order; a block with a short past or few
-/// rows of its own sees some from the middle.
-pub(crate) fn most_tiles(shape: &Shape) -> [usize; 3] {
+/// Most tiles of window, memory and own block that a row of the shape sees, a memory row if `is_memory`. They have numbers in this order; a
+/// block with a short past or few rows of its own sees some from the middle.
+pub(crate) fn most_tiles(shape: &Shape, is_memory: bool) -> [usize; 3] {
     let window = match shape.window() {
+        // So the bits of memory rows do not depend on the window.
+        _ if is_memory => 0,
         Window::Tokens(tokens) => tokens.saturating_sub(1),
         Window::Blocks(blocks) => blocks.saturating_mul(shape.block_len()),
         _ => 0,
@@ -280,15 +282,16 @@ pub(crate) fn most_tiles(shape: &Shape) -> [usize; 3] {
 }
 
 /// Number of the tile of key `x` of window, memory or own block, as [`segments`] count it.
-fn number(shape: &Shape, segment: usize, x: i64) -> usize {
-    let [window, memory, _] = most_tiles(shape);
+fn number(shape: &Shape, is_memory: bool, segment: usize, x: i64) -> usize {
+    let [window, memory, _] = most_tiles(shape, is_memory);
     [window, window, window + memory][segment].saturating_add_signed(x.div_euclid(BLOCK_N as i64) as isize)
 }
 
 /// Numbers of the tiles that [`walk`] visits: from the first to the last.
 pub(crate) fn numbers(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
     let keys = segments(shape, mem, piece).into_iter().enumerate().filter(|(_, keys)| !keys.is_empty());
-    let numbers = keys.map(|(i, keys)| number(shape, i, keys.start)..number(shape, i, keys.end - 1) + 1);
+    let number = |i, x| number(shape, piece.is_memory, i, x);
+    let numbers = keys.map(|(i, keys)| number(i, keys.start)..number(i, keys.end - 1) + 1);
     numbers.reduce(|first, last| first.start..last.end).unwrap_or_default()
 }
 
@@ -338,7 +341,7 @@ pub(crate) fn walk<V: Vector>(
                     rows,
                     range,
                     at: *at,
-                    number: self::number(shape, segment, x),
+                    number: self::number(shape, piece.is_memory, segment, x),
                     is_memory: memory.is_some(),
                     is_whole: seen(0).end >= until && seen(piece.tokens - 1).start <= from,
                     memory,

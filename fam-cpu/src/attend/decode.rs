@@ -53,7 +53,7 @@ pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 16] {
 
 /// Splits that hold keys of a piece.
 fn splits_of(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
-    let (tiles, of_one) = (numbers(shape, mem, piece), tiles_of_split(most_tiles(shape).iter().sum()));
+    let (tiles, of_one) = (numbers(shape, mem, piece), tiles_of_split(most_tiles(shape, piece.is_memory).iter().sum()));
     tiles.start / of_one..tiles.end.div_ceil(of_one)
 }
 
@@ -201,7 +201,7 @@ impl<'a, 's> Few<'a, 's> {
             }
         }
         self.b.whole.clear(count, tile.dp);
-        let tiles = tiles_of_split(most_tiles(shape).iter().sum());
+        let tiles = tiles_of_split(most_tiles(shape, piece.is_memory).iter().sum());
         let mut of_splits = OfSplits { few: self, task, piece, count, is_whole, first: all.start, splits, tiles, split: None };
         walk::<V>(shape, keys, mem.as_ref(), piece, head[1], &mut of_splits);
         of_splits.close::<V>();
