@@ -119,7 +119,7 @@
 //!
 //! Within the error bound: block by block = the dense mask over the whole sequence; step = prefill = decode; both row groups in one call = two
 //! calls; any split of the keys, merged. Bit for bit: a row does not depend on keys it may not see, on the other streams of the batch, on slots
-//! or on the number of threads; the same calls give the same with a snapshot and restore at a block's boundary between them; a repeat
+//! or on the number of threads; a stream cut at a block's boundary, with snapshot and restore between, gives the same; a repeat
 //! repeats.
 //!
 //! # 8. The backward pass
