@@ -116,7 +116,9 @@ where
 
     fn judge(&self, stream: usize, case: &CaseFile, from: usize, outputs: BTreeMap<String, Tensor>) -> Result<(), Stop> {
         let mut limits = self.h.limits();
-        // The case has as many memory rows as there were keys of them, the call all.
+        // The case has the rows that were kept: the call may have had more, and then they were not few.
+        limits.few_rows[0] = 0;
+        // It has as many memory rows as there were keys of them, the call all.
         if !limits.is_few(&self.shape, true, self.shape.mem_len()) {
             limits.few_rows[1] = 0;
         }
