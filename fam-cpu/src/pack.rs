@@ -58,6 +58,18 @@ pub(crate) trait OfType<F> {
         F: FormOf<T>;
 }
 
+/// Such work as a body, on elements of the type of these.
+struct Elementwise<'a, F, W>(Elements<'a>, W, PhantomData<F>);
+
+impl<F: Form, W: OfType<F>> Body for Elementwise<'_, F, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        F::each::<V, W>(self.0, self.1);
+    }
+}
+
 impl Form for f32 {
     #[inline(always)]
     fn each<V: Vector, W: OfType<f32>>(of: Elements<'_>, work: W) {
@@ -193,35 +205,25 @@ pub(crate) fn panel<'r, V: Vector, F: Form>(
         for (to, row) in of_vector[..count].iter_mut().zip(&mut rows) {
             *to = row;
         }
-        V::run(Columns::<F> { rows: &of_vector[..count], sign, first, to, factor: PhantomData });
+        V::run(Elementwise::<F, _>(of_vector[0], Columns { rows: &of_vector[..count], sign, first, to }, PhantomData));
     }
 }
 
 /// A vector of rows as columns of a panel, from lane `first` on.
-struct Columns<'a, F> {
+struct Columns<'a> {
     rows: &'a [Elements<'a>],
     sign: f32,
     first: usize,
     to: &'a mut [f32],
-    factor: PhantomData<F>,
 }
 
-impl<F: Form> Body for Columns<'_, F> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        F::each::<V, _>(self.rows[0], self);
-    }
-}
-
-impl<F: Form> OfType<F> for Columns<'_, F> {
+impl<F: Form> OfType<F> for Columns<'_> {
     #[inline(always)]
     fn run<V: Vector, T: Convert>(self)
     where
         F: FormOf<T>,
     {
-        let Columns { rows, sign, first, to, .. } = self;
+        let Columns { rows, sign, first, to } = self;
         let (d, width) = (rows[0].len(), V::MR * V::LANES);
         let mut of_type = [&T::ZEROS[..d]; MAX_LANES];
         for (to, row) in of_type.iter_mut().zip(rows) {
@@ -300,36 +302,27 @@ impl<'a, F: Form> Rows<'a, F> {
         {
             return Rows { data, stride };
         }
-        V::run(Copies::<F> { rows, range, dp, to: &mut *buffer, factor: PhantomData });
+        let first = rows.get(range.start);
+        V::run(Elementwise::<F, _>(first, Copies { rows, range, dp, to: &mut *buffer }, PhantomData));
         Rows { data: cast_slice(buffer), stride: dp }
     }
 }
 
 /// Copies of rows as factors.
-struct Copies<'a, 'b, F> {
+struct Copies<'a, 'b> {
     rows: &'b HeadRows<'a>,
     range: Range<u64>,
     dp: usize,
     to: &'b mut [f32],
-    factor: PhantomData<F>,
 }
 
-impl<F: Form> Body for Copies<'_, '_, F> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        F::each::<V, _>(self.rows.get(self.range.start), self);
-    }
-}
-
-impl<F: Form> OfType<F> for Copies<'_, '_, F> {
+impl<F: Form> OfType<F> for Copies<'_, '_> {
     #[inline(always)]
     fn run<V: Vector, T: Convert>(self)
     where
         F: FormOf<T>,
     {
-        let Copies { rows, range, dp, to, .. } = self;
+        let Copies { rows, range, dp, to } = self;
         for (index, to) in range.zip(to.chunks_exact_mut(dp)) {
             let row = T::of(rows.get(index));
             for i in (0..dp / F::TERMS).step_by(V::LANES) {

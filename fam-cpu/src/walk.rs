@@ -17,7 +17,6 @@ use fam_core::{Shape, Span, Window, mutate};
 use std::ops::Range;
 
 /// Rows of one tile in one block. Row `r` is query head `r mod group` of the group, of token (or memory row) `first + r / group`.
-#[derive(Clone)]
 pub(crate) struct Piece {
     pub span: Span,
     /// Block of the call.
@@ -35,17 +34,15 @@ pub(crate) struct Piece {
 impl Piece {
     /// Tokens `rows` of a span, counted from its first, or memory rows `rows`, in block `i` of the call.
     pub fn new(shape: &Shape, span: Span, i: usize, rows: Range<usize>, is_memory: bool) -> Piece {
-        let block_len = shape.block_len() as u64;
-        let block = (span.start / block_len + i as u64) * block_len;
+        let block = block_start(shape, &span, i);
         let window = span.window_first(if is_memory { block } else { span.start + rows.start as u64 }, shape);
         Piece { span, i, block, window, first: rows.start, tokens: rows.len(), is_memory }
     }
 
     /// Tokens of the span, counted from its first, that lie in its block `i`.
     pub fn tokens_of_block(shape: &Shape, span: &Span, i: usize) -> Range<usize> {
-        let block_len = shape.block_len() as u64;
-        let block = (span.start / block_len + i as u64) * block_len;
-        (block.max(span.start) - span.start) as usize..((block + block_len).min(span.end()) - span.start) as usize
+        let block = block_start(shape, span, i);
+        (block.max(span.start) - span.start) as usize..((block + shape.block_len() as u64).min(span.end()) - span.start) as usize
     }
 
     /// Tokens `rows` of a span, block by block.
@@ -114,6 +111,12 @@ impl Piece {
         );
         first..mutate!("attend-dropped-key", end, (first + 1).max(end - 1))
     }
+}
+
+/// Position of the first token of the span's block `i`.
+fn block_start(shape: &Shape, span: &Span, i: usize) -> u64 {
+    let block_len = shape.block_len() as u64;
+    (span.start / block_len + i as u64) * block_len
 }
 
 /// Rows of a tensor `[batch, blocks, rows, heads]`: the heads of a group, then those of the next token, without end. A division for each
@@ -282,15 +285,15 @@ pub(crate) fn most_tiles(shape: &Shape, is_memory: bool) -> [usize; 3] {
 }
 
 /// Number of the tile of key `x` of window, memory or own block, as [`segments`] count it.
-fn number(shape: &Shape, is_memory: bool, segment: usize, x: i64) -> usize {
+fn tile_number(shape: &Shape, is_memory: bool, segment: usize, x: i64) -> usize {
     let [window, memory, _] = most_tiles(shape, is_memory);
     [window, window, window + memory][segment].saturating_add_signed(x.div_euclid(BLOCK_N as i64) as isize)
 }
 
 /// Numbers of the tiles that [`walk`] visits: from the first to the last.
-pub(crate) fn numbers(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
+pub(crate) fn tile_numbers(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
     let keys = segments(shape, mem, piece).into_iter().enumerate().filter(|(_, keys)| !keys.is_empty());
-    let number = |i, x| number(shape, piece.is_memory, i, x);
+    let number = |i, x| tile_number(shape, piece.is_memory, i, x);
     let numbers = keys.map(|(i, keys)| number(i, keys.start)..number(i, keys.end - 1) + 1);
     numbers.reduce(|first, last| first.start..last.end).unwrap_or_default()
 }
@@ -335,13 +338,13 @@ pub(crate) fn walk<V: Vector>(
             let seen = |t: usize| memory.cloned().unwrap_or_else(|| piece.visible(t, shape));
             let (from, until) = (seen(0).start.max(x), seen(piece.tokens - 1).end.min(x + step));
             if from < until {
-                let number = |x: i64| row.wrapping_add(x.cast_unsigned());
-                let (range, memory) = (rows.0.reduced(number(from)..number(until)), memory.cloned());
+                let row_of = |x: i64| row.wrapping_add(x.cast_unsigned());
+                let (range, memory) = (rows.0.reduced(row_of(from)..row_of(until)), memory.cloned());
                 visit.tile::<V>(&KeyTile {
                     rows,
                     range,
                     at: *at,
-                    number: self::number(shape, piece.is_memory, segment, x),
+                    number: tile_number(shape, piece.is_memory, segment, x),
                     is_memory: memory.is_some(),
                     is_whole: seen(0).end >= until && seen(piece.tokens - 1).start <= from,
                     memory,

@@ -19,7 +19,7 @@ use crate::softmax::{Softmax, join};
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, FEW_ROWS, MAX_SPLITS, MAX_WIDTH, STEP, Tile, carve, few_tokens, partial, tiles_of_split};
 use crate::vector::{Body, MAX_LANES, Vector};
-use crate::walk::{KeyTile, Piece, Visit, most_tiles, numbers, walk};
+use crate::walk::{KeyTile, Piece, Visit, most_tiles, tile_numbers, walk};
 use fam_core::{Dtype, Layout, Shape, Spec, mutate};
 use std::mem::swap;
 use std::ops::Range;
@@ -51,9 +51,14 @@ pub(crate) fn scratch(shape: &Shape, tile: Tile) -> [usize; 16] {
     ]
 }
 
+/// Tiles in one split of a piece.
+fn tiles_of_one(shape: &Shape, piece: &Piece) -> usize {
+    tiles_of_split(most_tiles(shape, piece.is_memory).iter().sum())
+}
+
 /// Splits that hold keys of a piece.
 fn splits_of(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
-    let (tiles, of_one) = (numbers(shape, mem, piece), tiles_of_split(most_tiles(shape, piece.is_memory).iter().sum()));
+    let (tiles, of_one) = (tile_numbers(shape, mem, piece), tiles_of_one(shape, piece));
     tiles.start / of_one..tiles.end.div_ceil(of_one)
 }
 
@@ -201,7 +206,7 @@ impl<'a, 's> Few<'a, 's> {
             }
         }
         self.b.whole.clear(count, tile.dp);
-        let tiles = tiles_of_split(most_tiles(shape, piece.is_memory).iter().sum());
+        let tiles = tiles_of_one(shape, piece);
         let mut of_splits = OfSplits { few: self, task, piece, count, is_whole, first: all.start, splits, tiles, split: None };
         walk::<V>(shape, keys, mem.as_ref(), piece, head[1], &mut of_splits);
         of_splits.close::<V>();
