@@ -61,6 +61,7 @@ impl Harness for CpuHarness {
         Limits::default()
             .key_tile(fam::cpu::BLOCK_N)
             .p16(pairs)
+            .p16_backward(pairs)
             .flushes(pairs)
             .few_rows([fam::cpu::FEW_ROWS, fam::cpu::FEW_MEM_ROWS])
     }

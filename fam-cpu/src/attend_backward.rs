@@ -16,20 +16,23 @@ mod panel;
 use crate::CpuPlan;
 use crate::convert::widen;
 use crate::infini_backward::{count_in, dot, per_stream, sum_streams};
-use crate::memory::{Cache, Elements, Input};
-use crate::pack::{self, Rows};
+use crate::memory::{Cache, Input};
+use crate::pack::{self, Form, Rows};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Phase, Task, run_phase, shared};
+use crate::product::{Factor, Pair};
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector};
 use crate::walk::{KeyTile, Piece, Visit, walk};
+use bytemuck::cast_slice;
 use fam_core::{AttendBackward, KeyGradients, Keys, Plan, Result, RowsBackward, Shape, View, ViewMut, mutate};
 use keys::KeysBackward;
 use panel::PanelBackward;
+use std::marker::PhantomData;
 
 /// Sizes of a worker's buffers, in the order of [`Buffers`].
-pub(crate) fn scratch(tile: Tile) -> [usize; 13] {
+pub(crate) fn scratch(tile: Tile) -> [usize; 15] {
     let Tile { rows, dp, .. } = tile;
     let (of_rows, of_keys, logits) = (rows * dp, BLOCK_N * dp, BLOCK_N * rows);
     [
@@ -42,6 +45,8 @@ pub(crate) fn scratch(tile: Tile) -> [usize; 13] {
         of_keys,
         of_keys,
         of_keys,
+        of_keys,
+        BLOCK_N * MAX_WIDTH,
         2 * logits,
         pack::stage(dp),
         2 * rows,
@@ -55,15 +60,19 @@ struct Buffers<'s> {
     q: &'s mut [f32],
     d_o: &'s mut [f32],
     d_q: &'s mut [f32],
-    /// Rows of q and of d_o.
+    /// Rows of q and of d_o in factors of rows.
     q_rows: &'s mut [f32],
     d_o_rows: &'s mut [f32],
     /// A tile of keys and of values, and what the rows add to their gradients.
     k: &'s mut [f32],
     v: &'s mut [f32],
+    /// The keys in factors of keys.
+    k_of_keys: &'s mut [f32],
     d_k: &'s mut [f32],
     d_v: &'s mut [f32],
-    /// P and dS of all rows over the tile: `[BLOCK_N][rows]` each.
+    /// P, then dS, of a panel over the tile: `[BLOCK_N][W]`.
+    s: &'s mut [f32],
+    /// P and dS of all rows over the tile in factors of rows: `[BLOCK_N][rows]` terms each.
     p: &'s mut [f32],
     /// For transposing.
     stage: &'s mut [f32],
@@ -95,6 +104,7 @@ pub(crate) fn attend_backward(plan: &CpuPlan, par: &Par<'_>, args: AttendBackwar
         d_mem: args.d_mem.map(KeyOutputs::new),
         d_sink: Output::new(ViewMut::new(&mut *parts, layout), owner),
     };
+    let in_pairs = plan.isa.pairs().contains(&shape.dtype());
     let grid = Grid {
         streams: spans.batch(),
         groups: shape.kv_heads(),
@@ -102,8 +112,9 @@ pub(crate) fn attend_backward(plan: &CpuPlan, par: &Par<'_>, args: AttendBackwar
         spans: Some(spans),
         writes_slots: Some(|s| s.len > 0),
     };
-    run_phase(par, Phase { number: 0, of: 2 }, &grid, scratch, plan.share, &|task, scratch| {
-        plan.isa.run(StreamOfRows { kernel: &kernel, task, scratch });
+    run_phase(par, Phase { number: 0, of: 2 }, &grid, scratch, plan.share, &|task, scratch| match in_pairs {
+        true => Pair::run(plan.isa, StreamOfRows { kernel: &kernel, task, scratch, factors: PhantomData::<Pair> }),
+        false => plan.isa.run(StreamOfRows { kernel: &kernel, task, scratch, factors: PhantomData::<f32> }),
     })?;
     sum_streams(par, scratch, shape, View::new(parts, layout), args.d_sink)
 }
@@ -159,21 +170,23 @@ impl<'a> KeyOutputs<'a> {
 }
 
 /// A task on its worker.
-struct StreamOfRows<'a, 's> {
+struct StreamOfRows<'a, 's, F> {
     kernel: &'a Kernel<'a>,
     task: &'s mut Task,
     scratch: &'s mut [f32],
+    factors: PhantomData<F>,
 }
 
-impl Body for StreamOfRows<'_, '_> {
+impl<F: Form> Body for StreamOfRows<'_, '_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        let StreamOfRows { kernel, task, scratch } = self;
+        let StreamOfRows { kernel, task, scratch, .. } = self;
         let (shape, tile) = (kernel.shape, kernel.tile);
-        let [q, d_o, d_q, q_rows, d_o_rows, k, v, d_k, d_v, p, stage, states, ranges] = carve(scratch, self::scratch(tile));
-        let mut b = Buffers { q, d_o, d_q, q_rows, d_o_rows, k, v, d_k, d_v, p, stage, states, ranges };
+        let [q, d_o, d_q, q_rows, d_o_rows, k, v, k_of_keys, d_k, d_v, s, p, stage, states, ranges] =
+            carve(scratch, self::scratch(tile));
+        let mut b = Buffers { q, d_o, d_q, q_rows, d_o_rows, k, v, k_of_keys, d_k, d_v, s, p, stage, states, ranges };
         let (span, group) = (task.span(), shape.group());
         for head in task.group() * group..(task.group() + 1) * group {
             kernel.d_sink.row::<f32>(task, [task.n(), 0, 0, head]).fill(0.0);
@@ -184,7 +197,7 @@ impl Body for StreamOfRows<'_, '_> {
                 let Some(rows) = rows else { continue };
                 for first in of_block.clone().step_by(tile.tokens) {
                     let tile = first..of_block.end.min(first + tile.tokens);
-                    kernel.piece::<V>(task, &Piece::new(shape, span, i, tile, is_memory), rows, &mut b);
+                    kernel.piece::<V, F>(task, &Piece::new(shape, span, i, tile, is_memory), rows, &mut b);
                 }
             }
         }
@@ -193,9 +206,9 @@ impl Body for StreamOfRows<'_, '_> {
 
 impl Kernel<'_> {
     #[inline(always)]
-    fn piece<V: Vector>(&self, task: &mut Task, piece: &Piece, rows: &RowGroup<'_>, b: &mut Buffers<'_>) {
+    fn piece<V: Vector, F: Form>(&self, task: &mut Task, piece: &Piece, rows: &RowGroup<'_>, b: &mut Buffers<'_>) {
         let (shape, dp, width) = (self.shape, self.tile.dp, V::MR * V::LANES);
-        let (n, kv_head, group, d) = (task.n(), task.group(), shape.group(), shape.head_dim());
+        let (n, kv_head, group) = (task.n(), task.group(), shape.group());
         let count = piece.tokens * group;
         let places = |r: usize| piece.places(shape, [n, kv_head], r);
 
@@ -205,14 +218,11 @@ impl Kernel<'_> {
         lse.fill(f32::INFINITY);
         delta.fill(0.0);
         for (r, at) in (0..count).zip(places(0)) {
-            let row = r * dp..(r + 1) * dp;
-            // o is not needed after this: its place is that of q.
-            let (o, d_o) = (&mut b.q_rows[row.clone()], &mut b.d_o_rows[row]);
+            let (o, d_o) = b.stage[..2 * dp].split_at_mut(dp);
             widen::<V>(rows.o.row(at), o);
             widen::<V>(rows.d_o.row(at), d_o);
             let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.f32(at)[0]);
             delta[r] = mutate!("backward-delta", dot(d_o, o), 0.0) - mutate!("backward-d-lse", d_lse, 0.0);
-            widen::<V>(rows.q.row(at), o);
             // A row without keys, or with none of any weight, passes nothing on.
             let saved = rows.lse.f32(at)[0];
             if saved > f32::NEG_INFINITY || saved.is_nan() {
@@ -226,14 +236,16 @@ impl Kernel<'_> {
         let panels = b.q.chunks_exact_mut(dp * width).zip(b.d_o.chunks_exact_mut(dp * width));
         for ((q, d_o), first) in panels.zip((0..count).step_by(width)) {
             let count = width.min(count - first);
-            let row = |r: usize| (first + r) * dp..(first + r) * dp + d;
-            pack::panel::<V, f32>((0..count).map(|r| Elements::F32(&b.q_rows[row(r)])), count, 1.0, q);
-            pack::panel::<V, f32>((0..count).map(|r| Elements::F32(&b.d_o_rows[row(r)])), count, 1.0, d_o);
+            pack::panel::<V, F>(places(first).map(|at| rows.q.row(at)), count, 1.0, q);
+            pack::panel::<V, F>(places(first).map(|at| rows.d_o.row(at)), count, 1.0, d_o);
         }
+        F::stack::<V>(places(0).map(|at| rows.q.row(at)), count, dp, b.q_rows);
+        F::stack::<V>(places(0).map(|at| rows.d_o.row(at)), count, dp, b.d_o_rows);
         b.d_q[..count.next_multiple_of(width) * dp].fill(0.0);
 
         // 2. All keys.
-        walk::<V>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut Tiles { kernel: self, task, piece, b });
+        let mut tiles = Tiles { kernel: self, task, piece, b, factors: PhantomData::<F> };
+        walk::<V>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut tiles);
 
         // 3. What is left of the rows.
         let scale = mutate!("backward-scale-q", shape.scale(), 1.0);
@@ -246,23 +258,26 @@ impl Kernel<'_> {
 }
 
 /// The keys of a piece.
-struct Tiles<'a, 'b, 's> {
+struct Tiles<'a, 'b, 's, F> {
     kernel: &'a Kernel<'a>,
     task: &'b mut Task,
     piece: &'b Piece,
     b: &'b mut Buffers<'s>,
+    factors: PhantomData<F>,
 }
 
-impl Visit for Tiles<'_, '_, '_> {
+impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
     /// A tile of keys, for all rows.
     #[inline(always)]
     fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>) {
-        let Tiles { kernel, task, piece, b } = self;
+        let Tiles { kernel, task, piece, b, .. } = self;
         let (d, dp, width) = (kernel.shape.head_dim(), kernel.tile.dp, V::MR * V::LANES);
         let count = piece.tokens * kernel.shape.group();
         let (k_rows, v_rows) = &tile.rows;
         let (size, stride) = ((tile.range.end - tile.range.start) as usize, kernel.tile.rows);
-        let (k, v) = (Rows::of::<V>(k_rows, tile.range.clone(), dp, b.k), Rows::of::<V>(v_rows, tile.range.clone(), dp, b.v));
+        let k = Rows::<F>::of::<V>(k_rows, tile.range.clone(), dp, b.k);
+        let v = Rows::<F>::of::<V>(v_rows, tile.range.clone(), dp, b.v);
+        let k_of_keys = if F::TERMS == 1 { k } else { F::values::<V>(k_rows, tile.range.clone(), 0, dp, b.k_of_keys) };
         let (d_k, d_v) = (&mut b.d_k[..size * dp], &mut b.d_v[..size * dp]);
         d_k.fill(0.0);
         d_v.fill(0.0);
@@ -272,25 +287,28 @@ impl Visit for Tiles<'_, '_, '_> {
             let seen = tile.seen::<V>(first..count.min(first + width), 0, b.ranges);
             let panel = first * dp..(first + width) * dp;
             V::run(PanelBackward {
-                q: &b.q[panel.clone()],
-                d_o: &b.d_o[panel.clone()],
+                q: cast_slice(&b.q[panel.clone()]),
+                d_o: cast_slice(&b.d_o[panel.clone()]),
                 k,
                 v,
+                k_of_keys,
                 d,
                 scale: kernel.shape.scale(),
                 lse: &lse[first..][..width],
                 delta: &delta[first..][..width],
                 seen: &seen,
                 ranges: b.ranges.split_at(MAX_WIDTH).into(),
-                p: &mut p[first..],
-                d_s: &mut d_s[first..],
+                s: &mut *b.s,
+                p: &mut *p,
+                d_s: &mut *d_s,
                 stride,
+                first,
                 keys: size,
                 d_q: &mut b.d_q[panel],
             });
         }
-        let (q, d_o) = (&b.q_rows[..count * dp], &b.d_o_rows[..count * dp]);
-        V::run(KeysBackward { p, d_s, stride, d_o, q, dp, tile, d_v: &mut *d_v, d_k: &mut *d_k });
+        let [p, d_s, d_o, q]: [&[F]; 4] = [cast_slice(p), cast_slice(d_s), cast_slice(b.d_o_rows), cast_slice(b.q_rows)];
+        V::run(KeysBackward { p, d_s, stride: stride / F::TERMS, d_o, q, dp, tile, d_v: &mut *d_v, d_k: &mut *d_k });
         let to = if tile.is_memory { &kernel.d_mem } else { &kernel.d_keys };
         let to = mutate!("backward-mem-from-rows", to.as_ref(), to.as_ref().filter(|_| !tile.is_memory || !piece.is_memory));
         let Some(to) = to.filter(|_| task.owns_slot()) else { return };

@@ -9,9 +9,10 @@
 //! `dp` is D rounded up to [`PAD`] elements (in pairs of channels half of that) and `W` is `MR` vectors. A tile of single keys is read where
 //! it lies if its elements are the factors and it is dense; else it is copied.
 
-use crate::convert::{Convert, last_channels};
+use crate::convert::{Convert, last_channels, widen};
 use crate::memory::{Elements, HeadRows};
 use crate::product::{Broadcast, Factor, Pair};
+use crate::tile::MAX_HEAD_DIM;
 use crate::vector::{Body, MAX_LANES, Vector};
 use bytemuck::{cast_slice, cast_slice_mut};
 use fam_core::{bf16, f16};
@@ -32,6 +33,10 @@ pub(crate) trait Form: Factor {
     fn each<V: Vector, W: OfType<Self>>(of: Elements<'_>, work: W);
     /// Rows where they lie, `stride` elements apart, and the distance in factors; `None` where they are no factors.
     fn lying(of: Elements<'_>, stride: usize) -> Option<(&[Self], usize)>;
+    /// `count` rows in factors of rows, `[count / TERMS][dp]`; absent terms of the last are 0.
+    fn stack<'r, V: Vector>(rows: impl Iterator<Item = Elements<'r>>, count: usize, dp: usize, to: &mut [f32]);
+    /// Writes terms in their order, from term `at` on.
+    fn put<V: Vector>(x: V, to: &mut [f32], at: usize);
     /// Rows `range` of values in factors of keys, the first key at place `lead`: where they lie, or copied to `buffer`.
     fn values<'a, V: Vector>(
         rows: &HeadRows<'a>,
@@ -84,6 +89,16 @@ impl Form for f32 {
         if let Elements::F32(of) = of { Some((of, stride)) } else { None }
     }
     #[inline(always)]
+    fn stack<'r, V: Vector>(rows: impl Iterator<Item = Elements<'r>>, count: usize, dp: usize, to: &mut [f32]) {
+        for (to, row) in to.chunks_exact_mut(dp).take(count).zip(rows) {
+            widen::<V>(row, to);
+        }
+    }
+    #[inline(always)]
+    fn put<V: Vector>(x: V, to: &mut [f32], at: usize) {
+        x.store(&mut to[at..]);
+    }
+    #[inline(always)]
     fn values<'a, V: Vector>(rows: &HeadRows<'a>, range: Range<u64>, _: usize, dp: usize, buffer: &'a mut [f32]) -> Rows<'a> {
         Rows::of::<V>(rows, range, dp, buffer)
     }
@@ -102,13 +117,29 @@ impl<T: Convert> FormOf<T> for f32 {
 
 impl Form for Pair {
     #[inline(always)]
-    fn each<V: Vector, W: OfType<Pair>>(_: Elements<'_>, work: W) {
-        work.run::<V, bf16>();
+    fn each<V: Vector, W: OfType<Pair>>(of: Elements<'_>, work: W) {
+        match of {
+            // The gradient of an output.
+            Elements::F32(_) => work.run::<V, f32>(),
+            _ => work.run::<V, bf16>(),
+        }
     }
     #[inline(always)]
     fn lying(of: Elements<'_>, stride: usize) -> Option<(&[Pair], usize)> {
         let of = bf16::of(of);
         (of.len().is_multiple_of(2) && stride.is_multiple_of(2)).then(|| (cast_slice(of), stride / 2))
+    }
+    #[inline(always)]
+    fn stack<'r, V: Vector>(mut rows: impl Iterator<Item = Elements<'r>>, count: usize, dp: usize, to: &mut [f32]) {
+        for (i, to) in to.chunks_exact_mut(dp).take(count.div_ceil(2)).enumerate() {
+            let first = rows.next().unwrap_or(Elements::NONE);
+            let second = if 2 * i + 1 < count { rows.next() } else { None };
+            V::run(PairOfRows { rows: [first, second.unwrap_or(Elements::NONE)], to });
+        }
+    }
+    #[inline(always)]
+    fn put<V: Vector>(x: V, to: &mut [f32], at: usize) {
+        x.store_bf16(&mut cast_slice_mut(to)[at..]);
     }
     #[inline(always)]
     fn values<'a, V: Vector>(
@@ -120,6 +151,21 @@ impl Form for Pair {
     ) -> Rows<'a, Pair> {
         V::run(PairsOfKeys { rows, range, lead, dp, to: &mut *buffer });
         Rows { data: cast_slice(buffer), stride: dp }
+    }
+}
+
+/// Rounded.
+impl FormOf<f32> for Pair {
+    #[inline(always)]
+    fn channels<V: Vector>(row: &[f32], i: usize, sign: f32) -> V {
+        let [even, odd] = V::load(&row[2 * i..]).unzip(V::load(&row[2 * i + V::LANES..]));
+        V::pair(even.mul(V::splat(sign)), odd.mul(V::splat(sign)))
+    }
+    #[inline(always)]
+    fn last_channels<V: Vector>(row: &[f32], i: usize, sign: f32) -> V {
+        let mut last = [0.0; 2 * MAX_LANES];
+        last.iter_mut().zip(row.get(2 * i..).unwrap_or_default()).for_each(|(to, x)| *to = *x);
+        Self::channels(&last, 0, sign)
     }
 }
 
@@ -139,6 +185,28 @@ impl FormOf<bf16> for Pair {
             *to = bf16::from_bits(((x.to_f32() * sign).to_bits() >> 16) as u16);
         }
         V::load(&pairs)
+    }
+}
+
+/// [`Form::stack`] of two rows, which may be f32: the gradient of an output.
+struct PairOfRows<'a> {
+    rows: [Elements<'a>; 2],
+    to: &'a mut [f32],
+}
+
+impl Body for PairOfRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let PairOfRows { rows, to } = self;
+        let mut wide = [[0.0; MAX_HEAD_DIM]; 2];
+        for (row, wide) in rows.into_iter().zip(&mut wide) {
+            widen::<V>(row, &mut wide[..to.len()]);
+        }
+        for c in (0..to.len()).step_by(V::LANES) {
+            V::pair(V::load(&wide[0][c..]), V::load(&wide[1][c..])).store(&mut to[c..]);
+        }
     }
 }
 

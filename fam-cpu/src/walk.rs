@@ -250,6 +250,16 @@ impl Seen {
         any.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end))
     }
 
+    /// Factors of so many terms that some row sees, and those whose terms all rows see, or nobody: beyond the ends of the tile's `keys` are
+    /// zeros.
+    pub fn factors(&self, terms: usize, keys: &Range<usize>) -> (Range<usize>, Range<usize>) {
+        let Seen { any, all } = self;
+        let (begin, end) = (any.start / terms, any.end.div_ceil(terms));
+        let from = if all.start == keys.start { all.start / terms } else { all.start.div_ceil(terms) };
+        let until = if all.end == keys.end { all.end.div_ceil(terms) } else { all.end / terms };
+        (begin..end, if from < until { from..until } else { end..end })
+    }
+
     /// From the keys that the first and the last row see: neither end of a row's range lies before that of an earlier row.
     fn new(first: Range<usize>, last: Range<usize>) -> Self {
         let (any, all) = (first.start..last.end, last.start..first.end);

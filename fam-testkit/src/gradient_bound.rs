@@ -16,7 +16,7 @@ pub(crate) mod infini;
 use crate::check::Rule;
 use crate::distribution::{exp2, largest};
 use crate::rows::{CARRIED, is_exact};
-use crate::tolerance::{Bound, Level, Tolerance, U32, tiny};
+use crate::tolerance::{Bound, Level, Tolerance, U32, lost_to_flush, tiny};
 use fam_core::{Dtype, Result};
 use fam_ref::{Array, Attend, AttendGradients, AttendUpstream, Attended, Row, Rows};
 
@@ -274,6 +274,8 @@ struct Pair {
     d_logit_error: f64,
     /// p T.
     made_of: f64,
+    /// What is below it may count as 0: the least normal number of f32 where products of 16 bits take subnormal numbers for 0, else 0.
+    flushed: f64,
 }
 
 impl Pair {
@@ -288,23 +290,25 @@ impl Pair {
             (s, lse) = (CARRIED, lse.min(CARRIED));
         }
         let exponent = products * s + 2.0 * lse + 3.0 * difference.abs() + 8.0;
+        let flushed = if bound.flushes && bound.p16_backward.is_some() { f64::from(f32::MIN_POSITIVE) } else { 0.0 };
+        let lost = |a: &[f64], b: &[f64], scale| if flushed > 0.0 { lost_to_flush(a, b, scale) } else { 0.0 };
         // So far below 0 exp is 0 in f32, however its argument was rounded: p is lost whole, and no more than that.
         let is_nothing = difference + U32 * exponent < -110.0;
         let p = difference.exp();
-        let p_error = if is_nothing { 2.0 * p } else { p * (U32 * exponent).exp_m1() + LEAST };
+        let p_error = if is_nothing { 2.0 * p } else { p * (U32 * exponent + lost(row.q, k, scale)).exp_m1() + LEAST };
         let p_error = within_f32(dots.max(s_abs), p_error);
         let x = dot(row.d_o, v) - delta + row.d_lse;
         let total = magnitude_of(row.d_o, v) + d_out + row.d_lse.abs();
-        let x_error = within_f32(total, U32 * products * total + LEAST * products);
+        let x_error = within_f32(total, U32 * products * total + LEAST * products + lost(row.d_o, v, 1.0));
         let d_logit = p * x;
         // 0 times what is beyond f32 is no number.
         let through = if x_error.is_finite() { (p + p_error) * x_error } else { f64::INFINITY };
-        let lost = if is_nothing { 0.0 } else { LEAST };
-        let d_logit_error = through + p_error * x.abs() + 2.0 * U32 * d_logit.abs() + lost;
-        let mut pair = Pair { scale, p, p_error, d_logit, d_logit_error, made_of: p * total };
+        let least = if is_nothing { 0.0 } else { LEAST };
+        let d_logit_error = through + p_error * x.abs() + 2.0 * U32 * d_logit.abs() + least;
+        let mut pair = Pair { scale, p, p_error, d_logit, d_logit_error, made_of: p * total, flushed };
         // P16, and dS16: both are rounded to 16 bits before they meet a matrix, and so is a d_o of f32, for d_o·v and for d_v alike.
         if let Some(p16) = bound.p16_backward {
-            let rounded = |x: f64| 1.01 * p16.unit_roundoff() * x.abs() + tiny(p16);
+            let rounded = |x: f64| 1.01 * p16.unit_roundoff() * x.abs() + tiny(p16).max(flushed);
             if bound.out_dtype == Dtype::F32 {
                 pair.p_error += rounded(p);
                 pair.d_logit_error +=
@@ -321,19 +325,23 @@ impl Pair {
 
     /// What the pair adds to the gradients of its key, its value and its query.
     fn pass(&self, row: &Query, k: &[f64], d_k: &mut [Sum], d_v: &mut [Sum], d_q: &mut [Sum]) {
-        let Pair { scale, p, p_error, d_logit, d_logit_error, made_of } = *self;
+        let Pair { scale, p, p_error, d_logit, d_logit_error, made_of, flushed } = *self;
         let (scale, most) = (scale.abs(), scale.abs().max(1.0));
         // An error times 0 is nothing, unless it is no number.
         let times = |error: f64, x: f64| if error.is_finite() { error * x.abs() } else { f64::INFINITY };
+        // A term whose other factor counts as 0, and what its sum loses behind it.
+        let lost = |term: f64, x: f64| if x.abs() < flushed { term + flushed } else { flushed };
         let through = |sum: &mut Sum, x: f64| {
             let term = (d_logit * x).abs();
-            let error = scale * times(d_logit_error, x) + if p > exp2(-150) { LEAST * most * (1.0 + x.abs()) } else { 0.0 };
+            let error = scale * times(d_logit_error, x)
+                + if p > exp2(-150) { LEAST * most * (1.0 + x.abs()) } else { 0.0 }
+                + scale * lost(term, x);
             // Rounding may leave of a difference more than there is.
             let peak = most * (term + times(d_logit_error, x));
             sum.add_made_of(scale * made_of * x.abs(), scale * term, peak, error);
         };
         for (c, &d_o) in row.d_o.iter().enumerate() {
-            d_v[c].add(p * d_o.abs(), 0.0, times(p_error, d_o));
+            d_v[c].add(p * d_o.abs(), 0.0, times(p_error, d_o) + lost(p * d_o.abs(), d_o));
             through(&mut d_k[c], row.q[c]);
             through(&mut d_q[c], k[c]);
         }

@@ -90,7 +90,7 @@ impl<F: Factor> Body for PanelOverTile<'_, F> {
             self.values::<V, MR, MR, NR>(0, before, &(factors.clone(), factors));
         } else {
             for (j, before) in before.into_iter().enumerate() {
-                let factors = self.factors_of(j);
+                let factors = self.seen[j].factors(F::TERMS, &self.keys);
                 self.values::<V, MR, 1, NR>(j, [before], &factors);
             }
         }
@@ -156,15 +156,6 @@ impl<F: Factor> PanelOverTile<'_, F> {
             }
             store(&sum, s, width);
         }
-    }
-
-    /// Factors that some row of vector `j` sees, and those whose keys all see, or nobody: beyond the tile's ends are zeros.
-    fn factors_of(&self, j: usize) -> (Range<usize>, Range<usize>) {
-        let Seen { any, all } = &self.seen[j];
-        let (begin, end) = (any.start / F::TERMS, any.end.div_ceil(F::TERMS));
-        let from = if all.start == self.keys.start { all.start / F::TERMS } else { all.start.div_ceil(F::TERMS) };
-        let until = if all.end == self.keys.end { all.end.div_ceil(F::TERMS) } else { all.end / F::TERMS };
-        (begin..end, if from < until { from..until } else { end..end })
     }
 
     /// Rescales the sums of `M` vectors from vector `first` on and adds the tile's over `factors`: the first ones, but of those that are not

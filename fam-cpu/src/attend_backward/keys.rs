@@ -1,19 +1,19 @@
 //! What all rows of a piece add to the gradients of one tile of keys; see [`super`].
 
-use crate::product::{Broadcast, Lanes, chained};
+use crate::product::{Broadcast, Factor, Lanes, chained};
 use crate::vector::{Body, Vector};
 use crate::walk::KeyTile;
 use std::ops::Range;
 
 /// dV += Pᵀ·dO and dK += dSᵀ·Q: a lane is a channel, and the sums run over rows.
-pub(super) struct KeysBackward<'a> {
-    /// Pᵀ and dSᵀ, `[keys][stride]`.
-    pub p: &'a [f32],
-    pub d_s: &'a [f32],
+pub(super) struct KeysBackward<'a, F> {
+    /// Pᵀ and dSᵀ in factors of rows, `[keys][stride]`.
+    pub p: &'a [F],
+    pub d_s: &'a [F],
     pub stride: usize,
-    /// The rows, `[rows][dp]`.
-    pub d_o: &'a [f32],
-    pub q: &'a [f32],
+    /// The rows, in factors of rows, `[rows / TERMS][dp]`.
+    pub d_o: &'a [F],
+    pub q: &'a [F],
     pub dp: usize,
     /// Which rows see which keys.
     pub tile: &'a KeyTile<'a>,
@@ -22,7 +22,7 @@ pub(super) struct KeysBackward<'a> {
     pub d_k: &'a mut [f32],
 }
 
-impl Body for KeysBackward<'_> {
+impl<F: Factor> Body for KeysBackward<'_, F> {
     type Output = ();
 
     #[inline(always)]
@@ -40,7 +40,7 @@ impl Body for KeysBackward<'_> {
     }
 }
 
-impl KeysBackward<'_> {
+impl<F: Factor> KeysBackward<'_, F> {
     /// Keys `t .. t + N`, over the rows that see one of them.
     #[inline(always)]
     fn keys<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize) {
@@ -63,10 +63,12 @@ impl KeysBackward<'_> {
     /// The channels of `M` vectors from `lane` on.
     #[inline(always)]
     fn channels<V: Vector, const M: usize, const N: usize>(&mut self, t: usize, rows: Range<usize>, lane: usize) {
+        // Beside a row that sees a key, one that does not weighs 0.
+        let rows = rows.start / F::TERMS..rows.end.div_ceil(F::TERMS);
         for (weights, of_rows, sums) in [(self.p, self.d_o, &mut *self.d_v), (self.d_s, self.q, &mut *self.d_k)] {
             let x = Lanes { data: &of_rows[rows.start * self.dp + lane..], stride: self.dp };
             let b = Broadcast { data: &weights[t * self.stride + rows.start..], i: self.stride, k: 1 };
-            let sum = chained::<V, _, M, N>(x, b, rows.len());
+            let sum = chained::<V, F, M, N>(x, b, rows.len());
             for i in 0..N {
                 for j in 0..M {
                     let to = &mut sums[(t + i) * self.dp + lane + j * V::LANES..];

@@ -1,19 +1,22 @@
 //! A panel of rows over one tile of keys, backward; see [`super`].
 
-use crate::pack::Rows;
+use crate::pack::{Form, Rows};
 use crate::product::{All, Lanes, Within, accumulate, chained, zero};
 use crate::tile::MAX_MR;
 use crate::vector::{Body, Vector, exp2};
 use crate::walk::Seen;
+use bytemuck::cast_slice;
+use std::ops::Range;
 
 /// P and dS of a panel, and what it adds to dQ. Buffers are `[..][W]` where nothing else is said.
-pub(super) struct PanelBackward<'a> {
-    /// Qᵀ and dOᵀ, `[dp][W]`.
-    pub q: &'a [f32],
-    pub d_o: &'a [f32],
-    /// Keys and values, of `d` channels.
-    pub k: Rows<'a>,
-    pub v: Rows<'a>,
+pub(super) struct PanelBackward<'a, F> {
+    /// Qᵀ and dOᵀ, `[dp / TERMS][W]`.
+    pub q: &'a [F],
+    pub d_o: &'a [F],
+    /// Keys and values, of `d` channels; and keys in factors of keys.
+    pub k: Rows<'a, F>,
+    pub v: Rows<'a, F>,
+    pub k_of_keys: Rows<'a, F>,
     pub d: usize,
     pub scale: f32,
     /// One for each row; +∞ for a row that passes nothing on.
@@ -22,26 +25,27 @@ pub(super) struct PanelBackward<'a> {
     /// What each vector sees; and each row of a vector that does not see all: its first key, and the one after its last.
     pub seen: &'a [Seen; MAX_MR],
     pub ranges: [&'a [f32]; 2],
-    /// Pᵀ and dSᵀ from the panel's first row on, `[keys][stride]` each. Those of keys that a row does not see become 0.
+    /// Pᵀ, then dSᵀ, `[BLOCK_N][W]`.
+    pub s: &'a mut [f32],
+    /// Pᵀ and dSᵀ of all rows in factors of rows, `[keys][stride]` terms each, of which the panel's first row is `first`. Those of keys that a
+    /// row does not see become 0.
     pub p: &'a mut [f32],
     pub d_s: &'a mut [f32],
     pub stride: usize,
+    pub first: usize,
     pub keys: usize,
     /// dQᵀ over the scale, `[dp][W]`, added to.
     pub d_q: &'a mut [f32],
 }
 
-impl Body for PanelBackward<'_> {
+impl<F: Form> Body for PanelBackward<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(mut self) {
         let Some(any) = Seen::of_panel(&self.seen[..MR]) else { return };
         for t in (0..any.start).chain(any.end..self.keys) {
-            for j in 0..MR {
-                V::splat(0.0).store(&mut self.p[t * self.stride + j * V::LANES..]);
-                V::splat(0.0).store(&mut self.d_s[t * self.stride + j * V::LANES..]);
-            }
+            (0..MR).for_each(|j| self.hide::<V>(t, j));
         }
         let mut t = any.start;
         while t < any.end {
@@ -55,6 +59,7 @@ impl Body for PanelBackward<'_> {
             }
         }
 
+        self.join::<V, MR>(&any);
         let seen = &self.seen[..MR];
         if seen.iter().all(|s| *s == seen[0] && s.any == s.all) {
             self.queries::<V, MR, MR, NR>(0);
@@ -64,7 +69,35 @@ impl Body for PanelBackward<'_> {
     }
 }
 
-impl PanelBackward<'_> {
+impl<F: Form> PanelBackward<'_, F> {
+    /// P and dS of a key that vector `j` does not see.
+    #[inline(always)]
+    fn hide<V: Vector>(&mut self, t: usize, j: usize) {
+        let at = t * self.stride + self.first + j * V::LANES;
+        F::put(V::splat(0.0), self.p, at);
+        F::put(V::splat(0.0), self.d_s, at);
+    }
+
+    /// dS of the panel in factors of keys, in the places of their first keys.
+    #[inline(always)]
+    fn join<V: Vector, const MR: usize>(&mut self, any: &Range<usize>) {
+        if F::TERMS == 1 {
+            return;
+        }
+        let width = MR * V::LANES;
+        for i in any.start / F::TERMS..any.end.div_ceil(F::TERMS) {
+            for lane in (0..width).step_by(V::LANES) {
+                let mut terms = [V::splat(0.0); 2];
+                for n in 0..F::TERMS {
+                    if any.contains(&(i * F::TERMS + n)) {
+                        terms[n] = V::load(&self.s[(i * F::TERMS + n) * width + lane..]);
+                    }
+                }
+                F::join(terms).store(&mut self.s[i * width + lane..]);
+            }
+        }
+    }
+
     /// P and dS of the keys `t .. t + N` in all vectors; 0 where a row does not see the key.
     #[inline(always)]
     fn weights<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize) {
@@ -77,8 +110,8 @@ impl PanelBackward<'_> {
                 self.weights_of::<V, MR, 1, N>(j, t);
             } else {
                 for t in t..t + N {
-                    V::splat(0.0).store(&mut self.p[t * self.stride + j * V::LANES..]);
-                    V::splat(0.0).store(&mut self.d_s[t * self.stride + j * V::LANES..]);
+                    self.hide::<V>(t, j);
+                    V::splat(0.0).store(&mut self.s[t * MR * V::LANES + j * V::LANES..]);
                 }
             }
         }
@@ -87,9 +120,9 @@ impl PanelBackward<'_> {
     /// The same in `M` vectors from vector `first` on.
     #[inline(always)]
     fn weights_of<V: Vector, const MR: usize, const M: usize, const N: usize>(&mut self, first: usize, t: usize) {
-        let (width, lanes) = (MR * V::LANES, first * V::LANES);
-        let logits =
-            chained::<V, _, M, N>(Lanes { data: &self.q[lanes..], stride: width }, self.k.over_channels().skip(t), self.d);
+        let (width, lanes, factors) = (MR * V::LANES, first * V::LANES, self.d.div_ceil(F::TERMS));
+        let q = Lanes { data: &self.q[lanes..], stride: width };
+        let logits = chained::<V, F, M, N>(q, self.k.over_channels().skip(t), factors);
         let scale = V::splat(self.scale);
         for i in 0..N {
             for j in 0..M {
@@ -97,18 +130,22 @@ impl PanelBackward<'_> {
                 let lse = V::load(&self.lse[at..]);
                 let less = logits[i][j].mul_add(scale, V::splat(0.0).sub(lse));
                 let p = exp2(less.mul(V::splat(std::f32::consts::LOG2_E)));
-                self.seen_of::<V, N>(p, first + j, t, i).store(&mut self.p[(t + i) * self.stride + at..]);
+                let p = self.seen_of::<V, N>(p, first + j, t, i);
+                p.store(&mut self.s[(t + i) * width + at..]);
+                F::put(p, self.p, (t + i) * self.stride + self.first + at);
             }
         }
-        let d_p =
-            chained::<V, _, M, N>(Lanes { data: &self.d_o[lanes..], stride: width }, self.v.over_channels().skip(t), self.d);
+        let d_o = Lanes { data: &self.d_o[lanes..], stride: width };
+        let d_p = chained::<V, F, M, N>(d_o, self.v.over_channels().skip(t), factors);
         for i in 0..N {
             for j in 0..M {
                 let at = lanes + j * V::LANES;
-                let p = V::load(&self.p[(t + i) * self.stride + at..]);
+                let p = V::load(&self.s[(t + i) * width + at..]);
                 let d_s = p.mul(d_p[i][j].sub(V::load(&self.delta[at..])));
                 // 0 times what a hidden key holds need not be 0.
-                self.seen_of::<V, N>(d_s, first + j, t, i).store(&mut self.d_s[(t + i) * self.stride + at..]);
+                let d_s = self.seen_of::<V, N>(d_s, first + j, t, i);
+                d_s.store(&mut self.s[(t + i) * width + at..]);
+                F::put(d_s, self.d_s, (t + i) * self.stride + self.first + at);
             }
         }
     }
@@ -145,21 +182,21 @@ impl PanelBackward<'_> {
     #[inline(always)]
     fn queries_of<V: Vector, const MR: usize, const M: usize, const N: usize>(&mut self, first: usize, c: usize) {
         let (width, lanes) = (MR * V::LANES, first * V::LANES);
-        let d_s = Lanes { data: &self.d_s[lanes..], stride: self.stride };
-        let k = self.k.over_rows().skip(c);
+        let d_s = Lanes { data: cast_slice(&self.s[lanes..]), stride: width };
+        let k = self.k_of_keys.over_rows().skip(c);
         let mut sum = zero::<V, M, N>();
-        let Seen { any, all } = &self.seen[first];
-        if any == all {
-            accumulate(d_s, k, all.clone(), &All, &mut sum);
+        let (some, whole) = self.seen[first].factors(F::TERMS, &(0..self.keys));
+        if whole == some {
+            accumulate(d_s, k, whole, &All, &mut sum);
         } else {
             let mut within = Within { first: [V::splat(0.0); M], end: [V::splat(0.0); M] };
             for j in 0..M {
                 within.first[j] = V::load(&self.ranges[0][lanes + j * V::LANES..]);
                 within.end[j] = V::load(&self.ranges[1][lanes + j * V::LANES..]);
             }
-            accumulate(d_s, k, any.start..all.start, &within, &mut sum);
-            accumulate(d_s, k, all.clone(), &All, &mut sum);
-            accumulate(d_s, k, all.end..any.end, &within, &mut sum);
+            accumulate(d_s, k, some.start..whole.start, &within, &mut sum);
+            accumulate(d_s, k, whole.clone(), &All, &mut sum);
+            accumulate(d_s, k, whole.end..some.end, &within, &mut sum);
         }
         for i in 0..N {
             for j in 0..M {
