@@ -14,7 +14,7 @@ mod keys;
 mod panel;
 
 use crate::CpuPlan;
-use crate::convert::widen;
+use crate::convert::widen_here;
 use crate::infini_backward::{count_in, dot, per_stream, sum_streams};
 use crate::memory::{Cache, Input};
 use crate::pack::{self, Form, Rows};
@@ -24,8 +24,8 @@ use crate::product::{Factor, Pair};
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector};
-use crate::walk::{KeyTile, Piece, Visit, walk};
-use bytemuck::cast_slice;
+use crate::walk::{KeyTile, Piece, Places, Visit, walk};
+use bytemuck::{cast_slice, cast_slice_mut};
 use fam_core::{AttendBackward, KeyGradients, Keys, Plan, Result, RowsBackward, Shape, View, ViewMut, mutate};
 use keys::KeysBackward;
 use panel::PanelBackward;
@@ -76,7 +76,7 @@ struct Buffers<'s> {
     p: &'s mut [f32],
     /// For transposing.
     stage: &'s mut [f32],
-    /// lse of all rows, then their δ.
+    /// −lse of all rows, then their δ.
     states: &'s mut [f32],
     /// What the rows of a panel see, if not all the same.
     ranges: &'s mut [f32],
@@ -94,7 +94,7 @@ pub(crate) fn attend_backward(plan: &CpuPlan, par: &Par<'_>, args: AttendBackwar
     let owner = Owner::Stream { heads: shape.group() };
     let kernel = Kernel {
         shape,
-        tile: plan.tile,
+        tile: Tile::of_backward(shape),
         rows: args.rows.map(|rows| RowGroup::new(rows, owner)),
         mem_rows: args.mem_rows.map(|rows| RowGroup::new(rows, owner)),
         keys: Cache::tokens(&keys, spec)?,
@@ -157,6 +157,30 @@ impl<'a> RowGroup<'a> {
     }
 }
 
+/// δ of rows.
+struct Deltas<'a, 's> {
+    rows: &'a RowGroup<'a>,
+    places: Places,
+    delta: &'s mut [f32],
+    /// o and d_o of a row.
+    wide: [&'s mut [f32]; 2],
+}
+
+impl Body for Deltas<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let Deltas { rows, places, delta, wide: [o, d_o] } = self;
+        for (delta, at) in delta.iter_mut().zip(places) {
+            widen_here::<V>(rows.o.row(at), o);
+            widen_here::<V>(rows.d_o.row(at), d_o);
+            let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.f32(at)[0]);
+            *delta = mutate!("backward-delta", dot(d_o, o), 0.0) - mutate!("backward-d-lse", d_lse, 0.0);
+        }
+    }
+}
+
 /// Gradients of cached keys and values, which the task that owns the slot adds to.
 struct KeyOutputs<'a> {
     d_k: Output<'a>,
@@ -213,20 +237,17 @@ impl Kernel<'_> {
         let places = |r: usize| piece.places(shape, [n, kv_head], r);
 
         // 1. Rows, and δ of each.
-        let (lse, delta) = b.states.split_at_mut(self.tile.rows);
+        let (less, delta) = b.states.split_at_mut(self.tile.rows);
         // Absent rows of a panel weigh nothing.
-        lse.fill(f32::INFINITY);
+        less.fill(f32::NEG_INFINITY);
         delta.fill(0.0);
+        let (o, d_o) = b.stage[..2 * dp].split_at_mut(dp);
+        V::run(Deltas { rows, places: places(0), delta: &mut delta[..count], wide: [o, d_o] });
         for (r, at) in (0..count).zip(places(0)) {
-            let (o, d_o) = b.stage[..2 * dp].split_at_mut(dp);
-            widen::<V>(rows.o.row(at), o);
-            widen::<V>(rows.d_o.row(at), d_o);
-            let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.f32(at)[0]);
-            delta[r] = mutate!("backward-delta", dot(d_o, o), 0.0) - mutate!("backward-d-lse", d_lse, 0.0);
             // A row without keys, or with none of any weight, passes nothing on.
             let saved = rows.lse.f32(at)[0];
             if saved > f32::NEG_INFINITY || saved.is_nan() {
-                lse[r] = saved;
+                less[r] = -saved;
                 if let Some(sink) = &self.sink {
                     let of_sink = (sink.f32([0, 0, 0, at[3]])[0] - saved).exp();
                     count_in(self.d_sink.row(task, [n, 0, 0, at[3]]), -of_sink * delta[r]);
@@ -239,8 +260,8 @@ impl Kernel<'_> {
             pack::panel::<V, F>(places(first).map(|at| rows.q.row(at)), count, 1.0, q);
             pack::panel::<V, F>(places(first).map(|at| rows.d_o.row(at)), count, 1.0, d_o);
         }
-        F::stack::<V>(places(0).map(|at| rows.q.row(at)), count, dp, b.q_rows);
-        F::stack::<V>(places(0).map(|at| rows.d_o.row(at)), count, dp, b.d_o_rows);
+        pack::rows::<V, F>(&rows.q, places(0), count, dp, b.q_rows);
+        pack::rows::<V, F>(&rows.d_o, places(0), count, dp, b.d_o_rows);
         b.d_q[..count.next_multiple_of(width) * dp].fill(0.0);
 
         // 2. All keys.
@@ -274,15 +295,13 @@ impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
         let (d, dp, width) = (kernel.shape.head_dim(), kernel.tile.dp, V::MR * V::LANES);
         let count = piece.tokens * kernel.shape.group();
         let (k_rows, v_rows) = &tile.rows;
-        let (size, stride) = ((tile.range.end - tile.range.start) as usize, kernel.tile.rows);
+        let (size, stride) = ((tile.range.end - tile.range.start) as usize, kernel.tile.rows / F::TERMS);
         let k = Rows::<F>::of::<V>(k_rows, tile.range.clone(), dp, b.k);
         let v = Rows::<F>::of::<V>(v_rows, tile.range.clone(), dp, b.v);
         let k_of_keys = if F::TERMS == 1 { k } else { F::values::<V>(k_rows, tile.range.clone(), 0, dp, b.k_of_keys) };
         let (d_k, d_v) = (&mut b.d_k[..size * dp], &mut b.d_v[..size * dp]);
-        d_k.fill(0.0);
-        d_v.fill(0.0);
-        let (lse, delta) = b.states.split_at(stride);
-        let (p, d_s) = b.p.split_at_mut(BLOCK_N * stride);
+        let (less, delta) = b.states.split_at(kernel.tile.rows);
+        let (p, d_s) = cast_slice_mut::<_, F>(b.p).split_at_mut(BLOCK_N * stride);
         for first in (0..count).step_by(width) {
             let seen = tile.seen::<V>(first..count.min(first + width), 0, b.ranges);
             let panel = first * dp..(first + width) * dp;
@@ -294,30 +313,53 @@ impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
                 k_of_keys,
                 d,
                 scale: kernel.shape.scale(),
-                lse: &lse[first..][..width],
+                less: &less[first..][..width],
                 delta: &delta[first..][..width],
                 seen: &seen,
                 ranges: b.ranges.split_at(MAX_WIDTH).into(),
                 s: &mut *b.s,
-                p: &mut *p,
-                d_s: &mut *d_s,
+                p: &mut p[first / F::TERMS..],
+                d_s: &mut d_s[first / F::TERMS..],
                 stride,
-                first,
                 keys: size,
                 d_q: &mut b.d_q[panel],
             });
         }
-        let [p, d_s, d_o, q]: [&[F]; 4] = [cast_slice(p), cast_slice(d_s), cast_slice(b.d_o_rows), cast_slice(b.q_rows)];
-        V::run(KeysBackward { p, d_s, stride: stride / F::TERMS, d_o, q, dp, tile, d_v: &mut *d_v, d_k: &mut *d_k });
+        let (d_o, q) = (cast_slice(b.d_o_rows), cast_slice(b.q_rows));
+        V::run(KeysBackward { p, d_s, stride, d_o, q, dp, tile, d_v: &mut *d_v, d_k: &mut *d_k });
         let to = if tile.is_memory { &kernel.d_mem } else { &kernel.d_keys };
         let to = mutate!("backward-mem-from-rows", to.as_ref(), to.as_ref().filter(|_| !tile.is_memory || !piece.is_memory));
         let Some(to) = to.filter(|_| task.owns_slot()) else { return };
         let scale = mutate!("backward-scale-k", kernel.shape.scale(), 1.0);
-        for ((index, d_k), d_v) in tile.range.clone().zip(d_k.chunks_exact(dp)).zip(d_v.chunks_exact(dp)) {
-            let at = [tile.at[0], tile.at[1], index as usize, tile.at[2]];
-            let (to_k, to_v) = (&to.d_k, &to.d_v);
-            to_k.row::<f32>(task, at).iter_mut().zip(d_k).for_each(|(to, x)| *to += scale * x);
-            to_v.row::<f32>(task, at).iter_mut().zip(d_v).for_each(|(to, x)| *to += x);
+        V::run(AddTo { to: &to.d_k, task: &mut *task, tile, rows: d_k, dp, scale });
+        V::run(AddTo { to: &to.d_v, task: &mut *task, tile, rows: d_v, dp, scale: 1.0 });
+    }
+}
+
+/// Adds rows `[keys][dp]` times a scale to the gradients of a tile's keys or values.
+struct AddTo<'a, 'o> {
+    to: &'a Output<'o>,
+    task: &'a mut Task,
+    tile: &'a KeyTile<'a>,
+    rows: &'a [f32],
+    dp: usize,
+    scale: f32,
+}
+
+impl Body for AddTo<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        let AddTo { to, task, tile, rows, dp, scale } = self;
+        let [slot, entry, head] = tile.at;
+        for (index, row) in tile.range.clone().zip(rows.chunks_exact(dp)) {
+            let to = to.row::<f32>(task, [slot, entry, index as usize, head]);
+            let whole = to.len() / V::LANES * V::LANES;
+            for c in (0..whole).step_by(V::LANES) {
+                V::load(&row[c..]).mul_add(V::splat(scale), V::load(&to[c..])).store(&mut to[c..]);
+            }
+            to[whole..].iter_mut().zip(&row[whole..]).for_each(|(to, x)| *to += scale * x);
         }
     }
 }

@@ -97,11 +97,17 @@ impl Body for Widen<'_> {
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        match self.from {
-            Elements::F32(from) => widen_elements::<V, f32>(from, self.to),
-            Elements::F16(from) => widen_elements::<V, f16>(from, self.to),
-            Elements::Bf16(from) => widen_elements::<V, bf16>(from, self.to),
-        }
+        widen_here::<V>(self.from, self.to);
+    }
+}
+
+/// [`widen`] within a body that is about elements itself.
+#[inline(always)]
+pub(crate) fn widen_here<V: Vector>(from: Elements<'_>, to: &mut [f32]) {
+    match from {
+        Elements::F32(from) => widen_elements::<V, f32>(from, to),
+        Elements::F16(from) => widen_elements::<V, f16>(from, to),
+        Elements::Bf16(from) => widen_elements::<V, bf16>(from, to),
     }
 }
 

@@ -9,11 +9,11 @@
 //! `dp` is D rounded up to [`PAD`] elements (in pairs of channels half of that) and `W` is `MR` vectors. A tile of single keys is read where
 //! it lies if its elements are the factors and it is dense; else it is copied.
 
-use crate::convert::{Convert, last_channels, widen};
-use crate::memory::{Elements, HeadRows};
+use crate::convert::{Convert, last_channels};
+use crate::memory::{Elements, HeadRows, Input};
 use crate::product::{Broadcast, Factor, Pair};
-use crate::tile::MAX_HEAD_DIM;
 use crate::vector::{Body, MAX_LANES, Vector};
+use crate::walk::Places;
 use bytemuck::{cast_slice, cast_slice_mut};
 use fam_core::{bf16, f16};
 use std::marker::PhantomData;
@@ -33,10 +33,8 @@ pub(crate) trait Form: Factor {
     fn each<V: Vector, W: OfType<Self>>(of: Elements<'_>, work: W);
     /// Rows where they lie, `stride` elements apart, and the distance in factors; `None` where they are no factors.
     fn lying(of: Elements<'_>, stride: usize) -> Option<(&[Self], usize)>;
-    /// `count` rows in factors of rows, `[count / TERMS][dp]`; absent terms of the last are 0.
-    fn stack<'r, V: Vector>(rows: impl Iterator<Item = Elements<'r>>, count: usize, dp: usize, to: &mut [f32]);
-    /// Writes terms in their order, from term `at` on.
-    fn put<V: Vector>(x: V, to: &mut [f32], at: usize);
+    /// Writes terms in their order to the first factors.
+    fn put<V: Vector>(terms: V, to: &mut [Self]);
     /// Rows `range` of values in factors of keys, the first key at place `lead`: where they lie, or copied to `buffer`.
     fn values<'a, V: Vector>(
         rows: &HeadRows<'a>,
@@ -89,14 +87,8 @@ impl Form for f32 {
         if let Elements::F32(of) = of { Some((of, stride)) } else { None }
     }
     #[inline(always)]
-    fn stack<'r, V: Vector>(rows: impl Iterator<Item = Elements<'r>>, count: usize, dp: usize, to: &mut [f32]) {
-        for (to, row) in to.chunks_exact_mut(dp).take(count).zip(rows) {
-            widen::<V>(row, to);
-        }
-    }
-    #[inline(always)]
-    fn put<V: Vector>(x: V, to: &mut [f32], at: usize) {
-        x.store(&mut to[at..]);
+    fn put<V: Vector>(terms: V, to: &mut [f32]) {
+        terms.store(to);
     }
     #[inline(always)]
     fn values<'a, V: Vector>(rows: &HeadRows<'a>, range: Range<u64>, _: usize, dp: usize, buffer: &'a mut [f32]) -> Rows<'a> {
@@ -130,16 +122,8 @@ impl Form for Pair {
         (of.len().is_multiple_of(2) && stride.is_multiple_of(2)).then(|| (cast_slice(of), stride / 2))
     }
     #[inline(always)]
-    fn stack<'r, V: Vector>(mut rows: impl Iterator<Item = Elements<'r>>, count: usize, dp: usize, to: &mut [f32]) {
-        for (i, to) in to.chunks_exact_mut(dp).take(count.div_ceil(2)).enumerate() {
-            let first = rows.next().unwrap_or(Elements::NONE);
-            let second = if 2 * i + 1 < count { rows.next() } else { None };
-            V::run(PairOfRows { rows: [first, second.unwrap_or(Elements::NONE)], to });
-        }
-    }
-    #[inline(always)]
-    fn put<V: Vector>(x: V, to: &mut [f32], at: usize) {
-        x.store_bf16(&mut cast_slice_mut(to)[at..]);
+    fn put<V: Vector>(terms: V, to: &mut [Pair]) {
+        terms.store_terms(cast_slice_mut(to));
     }
     #[inline(always)]
     fn values<'a, V: Vector>(
@@ -185,28 +169,6 @@ impl FormOf<bf16> for Pair {
             *to = bf16::from_bits(((x.to_f32() * sign).to_bits() >> 16) as u16);
         }
         V::load(&pairs)
-    }
-}
-
-/// [`Form::stack`] of two rows, which may be f32: the gradient of an output.
-struct PairOfRows<'a> {
-    rows: [Elements<'a>; 2],
-    to: &'a mut [f32],
-}
-
-impl Body for PairOfRows<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        let PairOfRows { rows, to } = self;
-        let mut wide = [[0.0; MAX_HEAD_DIM]; 2];
-        for (row, wide) in rows.into_iter().zip(&mut wide) {
-            widen::<V>(row, &mut wide[..to.len()]);
-        }
-        for c in (0..to.len()).step_by(V::LANES) {
-            V::pair(V::load(&wide[0][c..]), V::load(&wide[1][c..])).store(&mut to[c..]);
-        }
     }
 }
 
@@ -320,6 +282,46 @@ impl<F: Form> OfType<F> for Columns<'_> {
 #[inline(always)]
 pub(crate) fn unpack<V: Vector>(panel: &[f32], first: usize, to: &mut [f32]) {
     V::run(RowsOfPanel { panel, first, to });
+}
+
+/// Packs `count` rows in factors of rows, `[count / TERMS][dp]`. Terms that are not there are 0.
+#[inline(always)]
+pub(crate) fn rows<V: Vector, F: Form>(of: &Input<'_>, places: Places, count: usize, dp: usize, to: &mut [f32]) {
+    if let Some(at) = places.clone().next() {
+        V::run(Elementwise::<F, _>(of.row(at), Stack { of, places, count, dp, to }, PhantomData));
+    }
+}
+
+/// [`rows`].
+struct Stack<'a> {
+    of: &'a Input<'a>,
+    places: Places,
+    count: usize,
+    dp: usize,
+    to: &'a mut [f32],
+}
+
+impl<F: Form> OfType<F> for Stack<'_> {
+    #[inline(always)]
+    fn run<V: Vector, T: Convert>(self)
+    where
+        F: FormOf<T>,
+    {
+        let Stack { of, mut places, count, dp, to } = self;
+        for (first, to) in (0..count).step_by(F::TERMS).zip(to.chunks_exact_mut(dp)) {
+            let mut terms: [&[T]; 2] = [T::ZEROS; 2];
+            for (term, at) in terms.iter_mut().take(F::TERMS.min(count - first)).zip(&mut places) {
+                *term = T::of(of.row(at));
+            }
+            let d = terms[0].len();
+            for c in (0..d / V::LANES * V::LANES).step_by(V::LANES) {
+                F::join([T::load::<V>(&terms[0][c..]), T::load::<V>(&terms[1][c..])]).store(&mut to[c..]);
+            }
+            for c in (d / V::LANES * V::LANES..dp).step_by(V::LANES) {
+                F::join(terms.map(|term| last_channels::<V, T>(&term[..d], c))).store(&mut to[c..]);
+            }
+        }
+    }
 }
 
 /// [`unpack`].

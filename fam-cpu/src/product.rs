@@ -142,6 +142,14 @@ pub(crate) struct Within<V, const MR: usize> {
     pub end: [V; MR],
 }
 
+impl<V: Vector, const MR: usize> Within<V, MR> {
+    /// `x`, but 0 in the lanes of vector j that are not to have term k.
+    #[inline(always)]
+    pub fn or_0(&self, x: V, k: usize, j: usize) -> V {
+        x.select(V::splat(k as f32).is_within(self.first[j], self.end[j]), V::splat(0.0))
+    }
+}
+
 impl<V: Vector, F: Factor, const MR: usize> Term<V, F> for Within<V, MR> {
     #[inline(always)]
     fn add(&self, sum: V, x: V, b: F, k: usize, j: usize) -> V {
@@ -193,8 +201,10 @@ pub(crate) fn chained<V: Vector, F: Factor, const MR: usize, const NR: usize>(
     for first in (step..factors).step_by(step) {
         let mut chain = zero::<V, MR, NR>();
         accumulate(x, b, first..factors.min(first + step), &All, &mut chain);
-        for (sum, chain) in sum.iter_mut().flatten().zip(chain.iter().flatten()) {
-            *sum = sum.add(*chain);
+        for i in 0..NR {
+            for j in 0..MR {
+                sum[i][j] = sum[i][j].add(chain[i][j]);
+            }
         }
     }
     sum

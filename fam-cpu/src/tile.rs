@@ -10,10 +10,13 @@ use fam_core::{Op, Shape, Spec};
 /// errors with it.
 pub const BLOCK_N: usize = 64;
 
-/// Rows (tokens times query heads of a group) that share packed keys. At D = 64 q and the sums of so many take 64 KiB and stay in L2, in
-/// `attend_backward`, which adds to a tile's gradients for each tile of rows, its five forms of them and P and dS 224 KiB. `attend` takes
-/// half as many where tasks would be few.
+/// Rows (tokens times query heads of a group) that share packed keys. At D = 64 q and the sums of so many take 64 KiB and stay in L2. `attend`
+/// takes half as many where tasks would be few.
 const BLOCK_M: usize = 128;
+
+/// The same of `attend_backward`, which adds to the gradients of a tile's keys for each tile of rows: its five forms of rows and P and dS take
+/// 448 KiB at D = 64.
+const BLOCK_M_BACKWARD: usize = 256;
 
 /// The largest head_dim: beyond it tiles leave L2, and a wider tile choice would be needed.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
@@ -95,6 +98,11 @@ impl Tile {
         if is_enough { self } else { Self::of_rows(shape, BLOCK_M / 2) }
     }
 
+    /// The tiles of `attend_backward`.
+    pub fn of_backward(shape: &Shape) -> Self {
+        Self::of_rows(shape, BLOCK_M_BACKWARD)
+    }
+
     fn of_rows(shape: &Shape, rows: usize) -> Self {
         let tokens = (rows / shape.group()).max(1);
         Tile { tokens, rows: (tokens * shape.group()).next_multiple_of(MAX_WIDTH), dp: padded(shape.head_dim()) }
@@ -110,7 +118,7 @@ pub(crate) fn worker_share(spec: &Spec) -> usize {
         }
         Op::InfiniRead => total(crate::infini_read::scratch(tile)),
         Op::InfiniWrite => total(crate::infini_write::scratch(tile)),
-        Op::AttendBackward => total(crate::attend_backward::scratch(tile)),
+        Op::AttendBackward => total(crate::attend_backward::scratch(Tile::of_backward(spec.shape()))),
         Op::InfiniReadBackward | Op::InfiniWriteBackward => total(crate::infini_backward::scratch(tile)),
         _ => 0,
     });

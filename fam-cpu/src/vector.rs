@@ -129,6 +129,11 @@ pub(crate) trait Vector: Copy {
     fn pair(first: Self, second: Self) -> Self {
         plain::pair(first, second)
     }
+    /// Writes the first `LANES` elements of `to`, rounded as [`Vector::pair`] does.
+    #[inline(always)]
+    fn store_terms(self, to: &mut [bf16]) {
+        plain::store_terms(self, &mut to[..Self::LANES]);
+    }
     /// `self + x₂·b₂ + x₁·b₁`, where lanes of `x` and `b` are pairs of bf16: each product is added in one rounding. Operands, sums and
     /// `self` that are subnormal in f32 count as 0.
     #[inline(always)]

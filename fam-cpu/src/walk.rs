@@ -188,6 +188,9 @@ impl KeyTile<'_> {
     #[inline(always)]
     pub fn rows_seeing(&self, keys: &Range<usize>) -> Range<usize> {
         let (group, tokens) = (self.shape.group(), self.piece.tokens);
+        if self.is_whole {
+            return 0..tokens * group;
+        }
         let first = partition_point(tokens, |t| self.visible(t).end <= keys.start);
         let first = mutate!("backward-rows-seeing", first, (first + 1).min(tokens));
         first * group..partition_point(tokens, |t| self.visible(t).start < keys.end) * group

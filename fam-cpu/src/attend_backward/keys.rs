@@ -1,11 +1,13 @@
 //! What all rows of a piece add to the gradients of one tile of keys; see [`super`].
 
-use crate::product::{Broadcast, Factor, Lanes, chained};
+use crate::product::{Broadcast, Factor, Lanes, chained, store};
+use crate::tile::BLOCK_N;
 use crate::vector::{Body, Vector};
 use crate::walk::KeyTile;
+use std::array;
 use std::ops::Range;
 
-/// dV += Pᵀ·dO and dK += dSᵀ·Q: a lane is a channel, and the sums run over rows.
+/// dV = Pᵀ·dO and dK = dSᵀ·Q: a lane is a channel, and the sums run over rows.
 pub(super) struct KeysBackward<'a, F> {
     /// Pᵀ and dSᵀ in factors of rows, `[keys][stride]`.
     pub p: &'a [F],
@@ -17,7 +19,7 @@ pub(super) struct KeysBackward<'a, F> {
     pub dp: usize,
     /// Which rows see which keys.
     pub tile: &'a KeyTile<'a>,
-    /// Gradients of values and of keys over the scale, `[keys][dp]`, added to.
+    /// Gradients of values and of keys over the scale, `[keys][dp]`.
     pub d_v: &'a mut [f32],
     pub d_k: &'a mut [f32],
 }
@@ -27,54 +29,56 @@ impl<F: Factor> Body for KeysBackward<'_, F> {
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(mut self) {
-        let keys = self.d_v.len() / self.dp;
-        let mut t = 0;
-        while t + NR <= keys {
-            self.keys::<V, MR, NR>(t);
-            t += NR;
+        // Of keys from t on. Beside a row that sees a key, one that does not weighs 0.
+        let mut factors: [Range<usize>; BLOCK_N] = array::from_fn(|_| 0..0);
+        let (keys, width) = (self.d_v.len() / self.dp, MR * V::LANES);
+        let whole = keys / NR * NR;
+        for t in (0..whole).step_by(NR).chain(whole..keys) {
+            let rows = self.tile.rows_seeing(&(t..if t < whole { t + NR } else { t + 1 }));
+            if !rows.is_empty() {
+                factors[t] = rows.start / F::TERMS..rows.end.div_ceil(F::TERMS);
+            }
         }
-        while t < keys {
-            self.keys::<V, MR, 1>(t);
-            t += 1;
+        let mut lane = 0;
+        while lane < self.dp {
+            if lane + width <= self.dp {
+                self.channels::<V, MR, NR>(&factors[..keys], lane);
+                lane += width;
+            } else {
+                self.channels::<V, 1, NR>(&factors[..keys], lane);
+                lane += V::LANES;
+            }
         }
     }
 }
 
 impl<F: Factor> KeysBackward<'_, F> {
-    /// Keys `t .. t + N`, over the rows that see one of them.
+    /// The channels of `M` vectors from `lane` on: those of all rows stay in L1 while the keys pass.
     #[inline(always)]
-    fn keys<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize) {
-        let (width, rows) = (MR * V::LANES, self.tile.rows_seeing(&(t..t + N)));
-        if rows.is_empty() {
-            return;
-        }
-        let mut lane = 0;
-        while lane < self.dp {
-            if lane + width <= self.dp {
-                self.channels::<V, MR, N>(t, rows.clone(), lane);
-                lane += width;
-            } else {
-                self.channels::<V, 1, N>(t, rows.clone(), lane);
-                lane += V::LANES;
-            }
-        }
-    }
-
-    /// The channels of `M` vectors from `lane` on.
-    #[inline(always)]
-    fn channels<V: Vector, const M: usize, const N: usize>(&mut self, t: usize, rows: Range<usize>, lane: usize) {
-        // Beside a row that sees a key, one that does not weighs 0.
-        let rows = rows.start / F::TERMS..rows.end.div_ceil(F::TERMS);
+    fn channels<V: Vector, const M: usize, const NR: usize>(&mut self, factors: &[Range<usize>], lane: usize) {
         for (weights, of_rows, sums) in [(self.p, self.d_o, &mut *self.d_v), (self.d_s, self.q, &mut *self.d_k)] {
-            let x = Lanes { data: &of_rows[rows.start * self.dp + lane..], stride: self.dp };
-            let b = Broadcast { data: &weights[t * self.stride + rows.start..], i: self.stride, k: 1 };
-            let sum = chained::<V, F, M, N>(x, b, rows.len());
-            for i in 0..N {
-                for j in 0..M {
-                    let to = &mut sums[(t + i) * self.dp + lane + j * V::LANES..];
-                    V::load(to).add(sum[i][j]).store(to);
-                }
+            let x = Lanes { data: &of_rows[lane..], stride: self.dp };
+            let b = Broadcast { data: weights, i: self.stride, k: 1 };
+            let (sums, whole) = (&mut sums[lane..], factors.len() / NR * NR);
+            for t in (0..whole).step_by(NR) {
+                keys::<V, F, M, NR>(x, b.skip(t), &factors[t], &mut sums[t * self.dp..]);
+            }
+            for t in whole..factors.len() {
+                keys::<V, F, M, 1>(x, b.skip(t), &factors[t], &mut sums[t * self.dp..]);
             }
         }
     }
+}
+
+/// The sums of `N` keys over so many factors.
+#[inline(always)]
+fn keys<V: Vector, F: Factor, const M: usize, const N: usize>(
+    x: Lanes<'_, F>,
+    b: Broadcast<'_, F>,
+    factors: &Range<usize>,
+    sums: &mut [f32],
+) {
+    let of_rows = Lanes { data: &x.data[factors.start * x.stride..], ..x };
+    let weights = Broadcast { data: &b.data[factors.start..], ..b };
+    store(&chained::<V, F, M, N>(of_rows, weights, factors.len()), sums, x.stride);
 }

@@ -1,7 +1,7 @@
 //! A panel of rows over one tile of keys, backward; see [`super`].
 
 use crate::pack::{Form, Rows};
-use crate::product::{All, Lanes, Within, accumulate, chained, zero};
+use crate::product::{All, Lanes, Within, accumulate, chained, load, zero};
 use crate::tile::MAX_MR;
 use crate::vector::{Body, Vector, exp2};
 use crate::walk::Seen;
@@ -19,20 +19,19 @@ pub(super) struct PanelBackward<'a, F> {
     pub k_of_keys: Rows<'a, F>,
     pub d: usize,
     pub scale: f32,
-    /// One for each row; +∞ for a row that passes nothing on.
-    pub lse: &'a [f32],
+    /// −lse and δ of each row; −∞ for a row that passes nothing on.
+    pub less: &'a [f32],
     pub delta: &'a [f32],
     /// What each vector sees; and each row of a vector that does not see all: its first key, and the one after its last.
     pub seen: &'a [Seen; MAX_MR],
     pub ranges: [&'a [f32]; 2],
     /// Pᵀ, then dSᵀ, `[BLOCK_N][W]`.
     pub s: &'a mut [f32],
-    /// Pᵀ and dSᵀ of all rows in factors of rows, `[keys][stride]` terms each, of which the panel's first row is `first`. Those of keys that a
-    /// row does not see become 0.
-    pub p: &'a mut [f32],
-    pub d_s: &'a mut [f32],
+    /// Pᵀ and dSᵀ of all rows in factors of rows, `[keys][stride]`, from the panel's first row on. Those of keys that a row does not see
+    /// become 0.
+    pub p: &'a mut [F],
+    pub d_s: &'a mut [F],
     pub stride: usize,
-    pub first: usize,
     pub keys: usize,
     /// dQᵀ over the scale, `[dp][W]`, added to.
     pub d_q: &'a mut [f32],
@@ -60,11 +59,15 @@ impl<F: Form> Body for PanelBackward<'_, F> {
         }
 
         self.join::<V, MR>(&any);
-        let seen = &self.seen[..MR];
-        if seen.iter().all(|s| *s == seen[0] && s.any == s.all) {
-            self.queries::<V, MR, MR, NR>(0);
+        let is_whole = self.seen[..MR].iter().all(|s| s.any == s.all && s.any == any);
+        if is_whole {
+            let factors = any.start / F::TERMS..any.end.div_ceil(F::TERMS);
+            self.queries::<V, MR, MR, NR>(0, &(factors.clone(), factors));
         } else {
-            (0..MR).for_each(|j| self.queries::<V, MR, 1, NR>(j));
+            for j in 0..MR {
+                let factors = self.seen[j].factors(F::TERMS, &(0..self.keys));
+                self.queries::<V, MR, 1, NR>(j, &factors);
+            }
         }
     }
 }
@@ -73,9 +76,9 @@ impl<F: Form> PanelBackward<'_, F> {
     /// P and dS of a key that vector `j` does not see.
     #[inline(always)]
     fn hide<V: Vector>(&mut self, t: usize, j: usize) {
-        let at = t * self.stride + self.first + j * V::LANES;
-        F::put(V::splat(0.0), self.p, at);
-        F::put(V::splat(0.0), self.d_s, at);
+        let at = t * self.stride + j * V::LANES / F::TERMS;
+        F::put(V::splat(0.0), &mut self.p[at..]);
+        F::put(V::splat(0.0), &mut self.d_s[at..]);
     }
 
     /// dS of the panel in factors of keys, in the places of their first keys.
@@ -124,83 +127,91 @@ impl<F: Form> PanelBackward<'_, F> {
         let q = Lanes { data: &self.q[lanes..], stride: width };
         let logits = chained::<V, F, M, N>(q, self.k.over_channels().skip(t), factors);
         let scale = V::splat(self.scale);
+        // 0 times what a hidden key holds need not be 0.
+        let within = self.within::<V, M>(first);
+        let mut sees_all = [true; M];
+        for j in 0..M {
+            let all = &self.seen[first + j].all;
+            sees_all[j] = all.start <= t && t + N <= all.end;
+        }
+        let less = load::<V, M, 1>(&self.less[lanes..], 0)[0];
+        let delta = load::<V, M, 1>(&self.delta[lanes..], 0)[0];
         for i in 0..N {
+            let s = &mut self.s[(t + i) * width..][..width];
+            let to = &mut self.p[(t + i) * self.stride..][..width / F::TERMS];
             for j in 0..M {
-                let at = lanes + j * V::LANES;
-                let lse = V::load(&self.lse[at..]);
-                let less = logits[i][j].mul_add(scale, V::splat(0.0).sub(lse));
-                let p = exp2(less.mul(V::splat(std::f32::consts::LOG2_E)));
-                let p = self.seen_of::<V, N>(p, first + j, t, i);
-                p.store(&mut self.s[(t + i) * width + at..]);
-                F::put(p, self.p, (t + i) * self.stride + self.first + at);
+                let p = exp2(logits[i][j].mul_add(scale, less[j]).mul(V::splat(std::f32::consts::LOG2_E)));
+                let p = if sees_all[j] { p } else { within.or_0(p, t + i, j) };
+                p.store(&mut s[lanes + j * V::LANES..]);
+                F::put(p, &mut to[(lanes + j * V::LANES) / F::TERMS..]);
             }
         }
         let d_o = Lanes { data: &self.d_o[lanes..], stride: width };
         let d_p = chained::<V, F, M, N>(d_o, self.v.over_channels().skip(t), factors);
         for i in 0..N {
+            let s = &mut self.s[(t + i) * width..][..width];
+            let to = &mut self.d_s[(t + i) * self.stride..][..width / F::TERMS];
             for j in 0..M {
-                let at = lanes + j * V::LANES;
-                let p = V::load(&self.s[(t + i) * width + at..]);
-                let d_s = p.mul(d_p[i][j].sub(V::load(&self.delta[at..])));
-                // 0 times what a hidden key holds need not be 0.
-                let d_s = self.seen_of::<V, N>(d_s, first + j, t, i);
-                d_s.store(&mut self.s[(t + i) * width + at..]);
-                F::put(d_s, self.d_s, (t + i) * self.stride + self.first + at);
+                let s = &mut s[lanes + j * V::LANES..];
+                let d_s = V::load(s).mul(d_p[i][j].sub(delta[j]));
+                let d_s = if sees_all[j] { d_s } else { within.or_0(d_s, t + i, j) };
+                d_s.store(s);
+                F::put(d_s, &mut to[(lanes + j * V::LANES) / F::TERMS..]);
             }
         }
     }
 
-    /// `x`, but 0 in the lanes of vector `j` that do not see key `t + i`, of the keys `t .. t + N`.
+    /// The keys that the lanes of `M` vectors from vector `first` on see, unless a vector sees all.
     #[inline(always)]
-    fn seen_of<V: Vector, const N: usize>(&self, x: V, j: usize, t: usize, i: usize) -> V {
-        let all = &self.seen[j].all;
-        if all.start <= t && t + N <= all.end {
-            return x;
-        }
-        let [from, until] = [V::load(&self.ranges[0][j * V::LANES..]), V::load(&self.ranges[1][j * V::LANES..])];
-        x.select(V::splat((t + i) as f32).is_within(from, until), V::splat(0.0))
+    fn within<V: Vector, const M: usize>(&self, first: usize) -> Within<V, M> {
+        let of = |ranges: &[f32]| load::<V, M, 1>(&ranges[first * V::LANES..], 0)[0];
+        Within { first: of(self.ranges[0]), end: of(self.ranges[1]) }
     }
 
-    /// Adds the tile's part of dQᵀ in `M` vectors from vector `first` on, each row's over the keys that it sees alone.
+    /// Adds the tile's part of dQᵀ in `M` vectors from vector `first` on, over `factors`: the first ones, but of those that are not among the
+    /// second each row's over the keys that it sees alone.
     #[inline(always)]
-    fn queries<V: Vector, const MR: usize, const M: usize, const NR: usize>(&mut self, first: usize) {
-        if self.seen[first].any.is_empty() {
+    fn queries<V: Vector, const MR: usize, const M: usize, const NR: usize>(
+        &mut self,
+        first: usize,
+        factors: &(Range<usize>, Range<usize>),
+    ) {
+        if factors.0.is_empty() {
             return;
         }
-        let mut c = 0;
-        while c + NR <= self.d {
-            self.queries_of::<V, MR, M, NR>(first, c);
-            c += NR;
+        let whole = self.d / NR * NR;
+        for c in (0..whole).step_by(NR) {
+            self.queries_of::<V, MR, M, NR>(first, c, factors);
         }
-        while c < self.d {
-            self.queries_of::<V, MR, M, 1>(first, c);
-            c += 1;
+        for c in whole..self.d {
+            self.queries_of::<V, MR, M, 1>(first, c, factors);
         }
     }
 
     /// The same for channels `c .. c + N`.
     #[inline(always)]
-    fn queries_of<V: Vector, const MR: usize, const M: usize, const N: usize>(&mut self, first: usize, c: usize) {
+    fn queries_of<V: Vector, const MR: usize, const M: usize, const N: usize>(
+        &mut self,
+        first: usize,
+        c: usize,
+        (some, whole): &(Range<usize>, Range<usize>),
+    ) {
         let (width, lanes) = (MR * V::LANES, first * V::LANES);
         let d_s = Lanes { data: cast_slice(&self.s[lanes..]), stride: width };
         let k = self.k_of_keys.over_rows().skip(c);
         let mut sum = zero::<V, M, N>();
-        let (some, whole) = self.seen[first].factors(F::TERMS, &(0..self.keys));
         if whole == some {
-            accumulate(d_s, k, whole, &All, &mut sum);
+            accumulate(d_s, k, whole.clone(), &All, &mut sum);
         } else {
-            let mut within = Within { first: [V::splat(0.0); M], end: [V::splat(0.0); M] };
-            for j in 0..M {
-                within.first[j] = V::load(&self.ranges[0][lanes + j * V::LANES..]);
-                within.end[j] = V::load(&self.ranges[1][lanes + j * V::LANES..]);
-            }
+            let within = self.within::<V, M>(first);
             accumulate(d_s, k, some.start..whole.start, &within, &mut sum);
             accumulate(d_s, k, whole.clone(), &All, &mut sum);
             accumulate(d_s, k, whole.end..some.end, &within, &mut sum);
         }
         for i in 0..N {
+            let d_q = &mut self.d_q[(c + i) * width..][..width];
             for j in 0..M {
-                let to = &mut self.d_q[(c + i) * width + lanes + j * V::LANES..];
+                let to = &mut d_q[lanes + j * V::LANES..];
                 V::load(to).add(sum[i][j]).store(to);
             }
         }

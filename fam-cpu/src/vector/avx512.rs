@@ -220,6 +220,14 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
         }))
     }
     #[inline(always)]
+    fn store_terms(self, to: &mut [bf16]) {
+        let to = &mut to[..16];
+        if !BF16 {
+            return plain::store_terms(self, to);
+        }
+        simd!(_mm256_storeu_si256(to.as_mut_ptr().cast(), std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0))));
+    }
+    #[inline(always)]
     fn dot(self, x: Self, b: Self) -> Self {
         if !BF16 {
             return plain::dot(self, x, b);

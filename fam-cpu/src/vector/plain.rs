@@ -7,9 +7,21 @@ use fam_core::bf16;
 #[inline(always)]
 pub(crate) fn pair<V: Vector>(first: V, second: V) -> V {
     each([first, second], |[first, second]| {
-        let [first, second] = [first, second].map(|x| u32::from(bf16::from_f32(flush(x)).to_bits()));
+        let [first, second] = [first, second].map(|x| u32::from(term(x).to_bits()));
         f32::from_bits(first | second << 16)
     })
+}
+
+/// [`Vector::store_terms`].
+#[inline(always)]
+pub(crate) fn store_terms<V: Vector>(x: V, to: &mut [bf16]) {
+    let mut lanes = [0.0; MAX_LANES];
+    x.store(&mut lanes);
+    to.iter_mut().zip(lanes).for_each(|(to, x)| *to = term(x));
+}
+
+fn term(x: f32) -> bf16 {
+    bf16::from_f32(flush(x))
 }
 
 /// [`Vector::interleave`].
