@@ -331,8 +331,8 @@ impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
         let to = mutate!("backward-mem-from-rows", to.as_ref(), to.as_ref().filter(|_| !tile.is_memory || !piece.is_memory));
         let Some(to) = to.filter(|_| task.owns_slot()) else { return };
         let scale = mutate!("backward-scale-k", kernel.shape.scale(), 1.0);
-        V::run(AddTo { to: &to.d_k, task: &mut *task, tile, rows: d_k, dp, scale });
-        V::run(AddTo { to: &to.d_v, task: &mut *task, tile, rows: d_v, dp, scale: 1.0 });
+        V::run(AddTo { to: &to.d_k, task, tile, rows: d_k, dp, scale });
+        V::run(AddTo { to: &to.d_v, task, tile, rows: d_v, dp, scale: 1.0 });
     }
 }
 

@@ -68,7 +68,7 @@ impl Isa {
         }
     }
 
-    /// The level whose kernel an op runs: the dot of bf16 pairs serves attention in bf16, and nothing else differs from `Avx512`.
+    /// The level whose kernel an op runs: the dot of bf16 pairs serves attention in bf16 and its gradients, and nothing else differs from `Avx512`.
     pub fn kernel(self, op: Op, dtype: Dtype) -> Isa {
         match self {
             Isa::Avx512Bf16 if !matches!(op, Op::Attend | Op::AttendBackward) || !self.pairs().contains(&dtype) => Isa::Avx512,

@@ -273,6 +273,7 @@ pub const MUTANTS: &[&str] = &[
     "backward-d-lse",
     "backward-delta",
     "backward-mem-from-rows",
+    "backward-pair-lost",
     "backward-rows-seeing",
     "backward-scale-k",
     "backward-scale-q",

@@ -43,8 +43,9 @@ fn kernels_say_their_level() {
             Ok(cpu) => {
                 let support = cpu.plan(&spec).unwrap().support().clone();
                 for op in Op::ALL {
-                    // The dot of bf16 pairs serves attention in bf16 alone.
-                    let is_served = isa != Isa::Avx512Bf16 || (op, dtype) == (Op::Attend, Dtype::Bf16);
+                    // The dot of bf16 pairs serves attention in bf16 alone, and its gradients.
+                    let in_pairs = dtype == Dtype::Bf16 && [Op::Attend, Op::AttendBackward].contains(&op);
+                    let is_served = isa != Isa::Avx512Bf16 || in_pairs;
                     let level = if is_served { isa.name() } else { "avx512" };
                     assert_eq!(support.kernel(op).unwrap().to_string(), format!("cpu-{op}-{dtype}-{level}"));
                 }
@@ -132,13 +133,15 @@ fn nan_reaches_the_rows_that_see_it() {
 }
 
 fn nan_reaches_the_rows<T: Element>(cpu: Cpu) {
-    nan_reaches_the_rows_of::<T>(|stream| stream.prefill(&cpu, &mut Par::Serial));
+    nan_reaches_the_rows_of::<T>(2, |stream| stream.prefill(&cpu, &mut Par::Serial));
+    // Whole vectors of rows that see the same keys, but not all keys of the tile.
+    nan_reaches_the_rows_of::<T>(64, |stream| stream.prefill(&cpu, &mut Par::Serial));
     // Few rows at once, some of which see keys that others do not.
-    nan_reaches_the_rows_of::<T>(|stream| stream.stepwise(&cpu, &mut Par::Serial, 4));
+    nan_reaches_the_rows_of::<T>(2, |stream| stream.stepwise(&cpu, &mut Par::Serial, 4));
 }
 
-fn nan_reaches_the_rows_of<T: Element>(run: impl Fn(&Stream<T>) -> Outputs) {
-    let mut stream = Stream::<T>::new(shape([2, 1], 16, 70, Window::Blocks(1), 3, T::DTYPE), 350, 0);
+fn nan_reaches_the_rows_of<T: Element>(heads: usize, run: impl Fn(&Stream<T>) -> Outputs) {
+    let mut stream = Stream::<T>::new(shape([heads, 1], 16, 70, Window::Blocks(1), 3, T::DTYPE), 350, 0);
     let [nan, infinity] = [f32::NAN, f32::INFINITY].map(T::from_f32);
     let clean = run(&stream);
     for at in [0, 75, 139, 140, 349] {
@@ -146,11 +149,11 @@ fn nan_reaches_the_rows_of<T: Element>(run: impl Fn(&Stream<T>) -> Outputs) {
         for (dirty_k, dirty_v) in [(nan, v), (k, infinity), (infinity, v)] {
             (stream.k[at * 16], stream.v[at * 16 + 3]) = (dirty_k, dirty_v);
             let dirty = run(&stream);
-            for (row, (dirty, clean)) in dirty.o.chunks(32).zip(clean.o.chunks(32)).enumerate() {
+            for (row, (dirty, clean)) in dirty.o.chunks(heads * 16).zip(clean.o.chunks(heads * 16)).enumerate() {
                 let sees = row >= at && row / 70 <= at / 70 + 1;
                 assert_eq!(sees, dirty != clean, "row {row}, key {at}");
             }
-            for (row, (dirty, clean)) in dirty.mem_o.chunks(32).zip(clean.mem_o.chunks(32)).enumerate() {
+            for (row, (dirty, clean)) in dirty.mem_o.chunks(heads * 16).zip(clean.mem_o.chunks(heads * 16)).enumerate() {
                 assert_eq!(row / 3 == at / 70, dirty != clean, "memory row {row}, key {at}");
             }
         }

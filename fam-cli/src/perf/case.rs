@@ -166,7 +166,7 @@ impl PerfCase {
             Some(_) => (heads + 2.0 * kv_heads, heads + kv_heads),
         };
         let attention = if self.is_backward { 10.0 } else { 4.0 } * d * pairs;
-        let is_bf16 = dtype == Dtype::Bf16 && !self.is_backward;
+        let is_bf16 = dtype == Dtype::Bf16;
         Work {
             flops: if is_bf16 { 0.0 } else { attention } + 2.0 * d * d * rows * products,
             bf16_flops: if is_bf16 { attention } else { 0.0 },

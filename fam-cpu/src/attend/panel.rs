@@ -76,8 +76,10 @@ impl<F: Factor> Body for PanelOverTile<'_, F> {
             }
         }
 
-        let is_whole = self.seen[..MR].iter().all(|s| s.any == s.all && s.any == any);
-        if is_whole || self.is_finite {
+        if self.seen[..MR].iter().all(|s| *s == self.seen[0]) {
+            let factors = self.seen[0].factors(F::TERMS, &self.keys);
+            self.values::<V, MR, MR, NR>(0, before, &factors);
+        } else if self.is_finite {
             // What a row does not see weighs 0, and 0 times a finite value is nothing.
             let factors = any.start / F::TERMS..any.end.div_ceil(F::TERMS);
             for j in 0..MR {

@@ -6,6 +6,7 @@ use crate::tile::MAX_MR;
 use crate::vector::{Body, Vector, exp2};
 use crate::walk::Seen;
 use bytemuck::cast_slice;
+use fam_core::mutate;
 use std::ops::Range;
 
 /// P and dS of a panel, and what it adds to dQ. Buffers are `[..][W]` where nothing else is said.
@@ -59,15 +60,11 @@ impl<F: Form> Body for PanelBackward<'_, F> {
         }
 
         self.join::<V, MR>(&any);
-        let is_whole = self.seen[..MR].iter().all(|s| s.any == s.all && s.any == any);
-        if is_whole {
-            let factors = any.start / F::TERMS..any.end.div_ceil(F::TERMS);
-            self.queries::<V, MR, MR, NR>(0, &(factors.clone(), factors));
+        let keys = 0..self.keys;
+        if self.seen[..MR].iter().all(|s| *s == self.seen[0]) {
+            self.queries::<V, MR, MR, NR>(0, &self.seen[0].factors(F::TERMS, &keys));
         } else {
-            for j in 0..MR {
-                let factors = self.seen[j].factors(F::TERMS, &(0..self.keys));
-                self.queries::<V, MR, 1, NR>(j, &factors);
-            }
+            (0..MR).for_each(|j| self.queries::<V, MR, 1, NR>(j, &self.seen[j].factors(F::TERMS, &keys)));
         }
     }
 }
@@ -92,8 +89,9 @@ impl<F: Form> PanelBackward<'_, F> {
             for lane in (0..width).step_by(V::LANES) {
                 let mut terms = [V::splat(0.0); 2];
                 for n in 0..F::TERMS {
-                    if any.contains(&(i * F::TERMS + n)) {
-                        terms[n] = V::load(&self.s[(i * F::TERMS + n) * width + lane..]);
+                    let key = i * F::TERMS + n;
+                    if mutate!("backward-pair-lost", any.contains(&key), any.start <= key && key + n < any.end) {
+                        terms[n] = V::load(&self.s[key * width + lane..]);
                     }
                 }
                 F::join(terms).store(&mut self.s[i * width + lane..]);
