@@ -2,7 +2,7 @@
 
 use crate::Isa;
 use crate::product::{All, Broadcast, Factor, Lanes, Pair, accumulate, store, zero};
-use crate::vector::{Body, Vector, exp2};
+use crate::vector::{Body, MAX_LANES, Vector, exp2};
 use fam_core::{Result, bf16};
 use std::hint::black_box;
 use std::time::Instant;
@@ -11,6 +11,8 @@ use std::time::Instant;
 /// at once (two a cycle, on some AArch64 processors four, each of four cycles), and fits the registers. Where one is two instructions, one after
 /// the other, it takes more chains to keep both busy.
 const CHAINS: [usize; 2] = [6, 24];
+/// Passes over 64 rows for one time.
+const PASSES: usize = 100;
 /// Exponentials of a pass: in L1.
 const EXPONENTIALS: usize = 2048;
 
@@ -60,41 +62,49 @@ impl Isa {
 /// [`Isa::product_speeds`] of one kind of factors.
 fn block_speeds<F: Factor>(isa: Isa, b: F) -> Vec<([usize; 2], f64)> {
     vec![
-        ([1, 16], F::run(isa, Block::<F, 1, 16>(b))),
-        ([2, 6], F::run(isa, Block::<F, 2, 6>(b))),
-        ([2, 8], F::run(isa, Block::<F, 2, 8>(b))),
-        ([2, 12], F::run(isa, Block::<F, 2, 12>(b))),
-        ([3, 8], F::run(isa, Block::<F, 3, 8>(b))),
-        ([4, 4], F::run(isa, Block::<F, 4, 4>(b))),
+        ([1, 16], block_speed::<F, 1, 16>(isa, b)),
+        ([2, 6], block_speed::<F, 2, 6>(isa, b)),
+        ([2, 8], block_speed::<F, 2, 8>(isa, b)),
+        ([2, 12], block_speed::<F, 2, 12>(isa, b)),
+        ([3, 8], block_speed::<F, 3, 8>(isa, b)),
+        ([4, 4], block_speed::<F, 4, 4>(isa, b)),
     ]
 }
 
-/// Products of 64 rows with a panel of `M` vectors over 64 channels, `N` rows at once.
-struct Block<F, const M: usize, const N: usize>(F);
+/// FLOP/s of 64 rows with a panel of `M` vectors over 64 channels, `N` rows at once.
+fn block_speed<F: Factor, const M: usize, const N: usize>(isa: Isa, b: F) -> f64 {
+    let (x, b, mut out) = (vec![b; 64 * M * MAX_LANES], vec![b; 64 * 64], vec![0.0f32; 64 * M * MAX_LANES]);
+    let (mut best, mut flops) = (f64::MAX, 0);
+    for _ in 0..50 {
+        let start = Instant::now();
+        flops = F::run(isa, Block::<F, M, N> { x: &x, b: &b, out: black_box(&mut out) });
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    flops as f64 / best
+}
 
-impl<F: Factor, const M: usize, const N: usize> Body for Block<F, M, N> {
-    type Output = f64;
+/// Passes of [`block_speed`], and how many FLOPs these were.
+struct Block<'a, F, const M: usize, const N: usize> {
+    x: &'a [F],
+    b: &'a [F],
+    out: &'a mut [f32],
+}
+
+impl<F: Factor, const M: usize, const N: usize> Body for Block<'_, F, M, N> {
+    type Output = usize;
 
     #[inline(always)]
-    fn run<V: Vector, const MR: usize, const NR: usize>(self) -> f64 {
-        let (width, rows) = (M * V::LANES, 64 / N * N);
-        let (x, b, mut out) = (vec![self.0; 64 * width], vec![self.0; 64 * 64], vec![0.0f32; 64 * width]);
-        let factors = 64 / F::TERMS;
-        let mut best = f64::MAX;
-        for _ in 0..50 {
-            let start = Instant::now();
-            for _ in 0..100 {
-                for i in (0..rows).step_by(N) {
-                    let mut sum = zero::<V, M, N>();
-                    let b = Broadcast { data: &black_box(&b)[..], i: factors, k: 1 };
-                    accumulate(Lanes { data: &x, stride: width }, b.skip(i), 0..factors, &All, &mut sum);
-                    store(&sum, &mut out[i * width..], width);
-                }
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) -> usize {
+        let (width, rows, factors) = (M * V::LANES, 64 / N * N, 64 / F::TERMS);
+        for _ in 0..PASSES {
+            for i in (0..rows).step_by(N) {
+                let mut sum = zero::<V, M, N>();
+                let b = Broadcast { data: black_box(self.b), i: factors, k: 1 };
+                accumulate(Lanes { data: self.x, stride: width }, b.skip(i), 0..factors, &All, &mut sum);
+                store(&sum, &mut self.out[i * width..], width);
             }
-            black_box(&mut out);
-            best = best.min(start.elapsed().as_secs_f64());
         }
-        (100 * 2 * 64 * rows * width) as f64 / best
+        PASSES * 2 * 64 * rows * width
     }
 }
 

@@ -50,7 +50,7 @@ impl<F: Form> Body for PanelBackward<'_, F> {
         let mut t = any.start;
         while t < any.end {
             if any.len() < NR {
-                self.weights::<V, MR, 1>(t);
+                self.weights_one_by_one::<V, MR, 1>(t);
                 t += 1;
             } else {
                 // The last keys again rather than fewer at once: the same numbers, in the same places.
@@ -103,11 +103,18 @@ impl<F: Form> PanelBackward<'_, F> {
     #[inline(always)]
     fn weights<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize) {
         let sees = |s: &Seen| s.any.start < t + N && t < s.any.end;
-        if self.seen[..MR].iter().all(sees) {
-            return self.weights_of::<V, MR, MR, N>(0, t);
+        match self.seen[..MR].iter().all(sees) {
+            true => self.weights_of::<V, MR, MR, N>(0, t),
+            false => self.weights_one_by_one::<V, MR, N>(t),
         }
+    }
+
+    /// The same, vector by vector.
+    #[inline(always)]
+    fn weights_one_by_one<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize) {
         for j in 0..MR {
-            if sees(&self.seen[j]) {
+            let any = &self.seen[j].any;
+            if any.start < t + N && t < any.end {
                 self.weights_of::<V, MR, 1, N>(j, t);
             } else {
                 for t in t..t + N {

@@ -95,6 +95,7 @@ impl Harness for CpuHarness {
         Limits::default()
             .key_tile(fam_cpu::BLOCK_N)
             .p16(pairs)
+            .p16_backward(pairs)
             .flushes(pairs)
             .few_rows([fam_cpu::FEW_ROWS, fam_cpu::FEW_MEM_ROWS])
     }
