@@ -1,7 +1,7 @@
 //! A panel of rows over one tile of keys, backward; see [`super`].
 
 use crate::pack::{Form, Rows};
-use crate::product::{All, Lanes, Within, accumulate, chained, load, zero};
+use crate::product::{All, Lanes, Within, accumulate, chained, load, store, zero};
 use crate::tile::MAX_MR;
 use crate::vector::{Body, Vector, exp2};
 use crate::walk::Seen;
@@ -141,27 +141,23 @@ impl<F: Form> PanelBackward<'_, F> {
         }
         let less = load::<V, M, 1>(&self.less[lanes..], 0)[0];
         let delta = load::<V, M, 1>(&self.delta[lanes..], 0)[0];
-        for i in 0..N {
-            let s = &mut self.s[(t + i) * width..][..width];
-            let to = &mut self.p[(t + i) * self.stride..][..width / F::TERMS];
-            for j in 0..M {
-                let p = exp2(logits[i][j].mul_add(scale, less[j]).mul(V::splat(std::f32::consts::LOG2_E)));
-                let p = if sees_all[j] { p } else { within.or_0(p, t + i, j) };
-                p.store(&mut s[lanes + j * V::LANES..]);
-                F::put(p, &mut to[(lanes + j * V::LANES) / F::TERMS..]);
-            }
-        }
+        // Kept there, not in registers, while those are full of dP; exponentials between the products would leave multipliers idle twice.
+        store(&logits, &mut self.s[t * width + lanes..], width);
         let d_o = Lanes { data: &self.d_o[lanes..], stride: width };
         let d_p = chained::<V, F, M, N>(d_o, self.v.over_channels().skip(t), factors);
         for i in 0..N {
             let s = &mut self.s[(t + i) * width..][..width];
-            let to = &mut self.d_s[(t + i) * self.stride..][..width / F::TERMS];
+            let p_row = &mut self.p[(t + i) * self.stride..][..width / F::TERMS];
+            let d_s_row = &mut self.d_s[(t + i) * self.stride..][..width / F::TERMS];
             for j in 0..M {
-                let s = &mut s[lanes + j * V::LANES..];
-                let d_s = V::load(s).mul(d_p[i][j].sub(delta[j]));
+                let at = lanes + j * V::LANES;
+                let p = exp2(V::load(&s[at..]).mul_add(scale, less[j]).mul(V::splat(std::f32::consts::LOG2_E)));
+                let p = if sees_all[j] { p } else { within.or_0(p, t + i, j) };
+                let d_s = p.mul(d_p[i][j].sub(delta[j]));
                 let d_s = if sees_all[j] { d_s } else { within.or_0(d_s, t + i, j) };
-                d_s.store(s);
-                F::put(d_s, &mut to[(lanes + j * V::LANES) / F::TERMS..]);
+                d_s.store(&mut s[at..]);
+                F::put(p, &mut p_row[at / F::TERMS..]);
+                F::put(d_s, &mut d_s_row[at / F::TERMS..]);
             }
         }
     }
