@@ -1,7 +1,7 @@
 //! A panel of rows over one tile of keys, backward; see [`super`].
 
 use crate::pack::{Form, Rows};
-use crate::product::{All, Lanes, Within, accumulate, chained, load, store, zero};
+use crate::product::{All, Lanes, Within, accumulate, chained, load, zero};
 use crate::tile::MAX_MR;
 use crate::vector::{Body, Vector, exp2};
 use crate::walk::Seen;
@@ -50,7 +50,7 @@ impl<F: Form> Body for PanelBackward<'_, F> {
         let mut t = any.start;
         while t < any.end {
             if any.len() < NR {
-                self.weights_one_by_one::<V, MR, 1>(t);
+                self.weights::<V, MR, 1>(t);
                 t += 1;
             } else {
                 // The last keys again rather than fewer at once: the same numbers, in the same places.
@@ -103,18 +103,11 @@ impl<F: Form> PanelBackward<'_, F> {
     #[inline(always)]
     fn weights<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize) {
         let sees = |s: &Seen| s.any.start < t + N && t < s.any.end;
-        match self.seen[..MR].iter().all(sees) {
-            true => self.weights_of::<V, MR, MR, N>(0, t),
-            false => self.weights_one_by_one::<V, MR, N>(t),
+        if self.seen[..MR].iter().all(sees) {
+            return self.weights_of::<V, MR, MR, N>(0, t);
         }
-    }
-
-    /// The same, vector by vector.
-    #[inline(always)]
-    fn weights_one_by_one<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize) {
         for j in 0..MR {
-            let any = &self.seen[j].any;
-            if any.start < t + N && t < any.end {
+            if sees(&self.seen[j]) {
                 self.weights_of::<V, MR, 1, N>(j, t);
             } else {
                 for t in t..t + N {
@@ -141,23 +134,27 @@ impl<F: Form> PanelBackward<'_, F> {
         }
         let less = load::<V, M, 1>(&self.less[lanes..], 0)[0];
         let delta = load::<V, M, 1>(&self.delta[lanes..], 0)[0];
-        // Kept there, not in registers, while those are full of dP; exponentials between the products would leave multipliers idle twice.
-        store(&logits, &mut self.s[t * width + lanes..], width);
+        for i in 0..N {
+            let s = &mut self.s[(t + i) * width..][..width];
+            let to = &mut self.p[(t + i) * self.stride..][..width / F::TERMS];
+            for j in 0..M {
+                let p = exp2(logits[i][j].mul_add(scale, less[j]).mul(V::splat(std::f32::consts::LOG2_E)));
+                let p = if sees_all[j] { p } else { within.or_0(p, t + i, j) };
+                p.store(&mut s[lanes + j * V::LANES..]);
+                F::put(p, &mut to[(lanes + j * V::LANES) / F::TERMS..]);
+            }
+        }
         let d_o = Lanes { data: &self.d_o[lanes..], stride: width };
         let d_p = chained::<V, F, M, N>(d_o, self.v.over_channels().skip(t), factors);
         for i in 0..N {
             let s = &mut self.s[(t + i) * width..][..width];
-            let p_row = &mut self.p[(t + i) * self.stride..][..width / F::TERMS];
-            let d_s_row = &mut self.d_s[(t + i) * self.stride..][..width / F::TERMS];
+            let to = &mut self.d_s[(t + i) * self.stride..][..width / F::TERMS];
             for j in 0..M {
-                let at = lanes + j * V::LANES;
-                let p = exp2(V::load(&s[at..]).mul_add(scale, less[j]).mul(V::splat(std::f32::consts::LOG2_E)));
-                let p = if sees_all[j] { p } else { within.or_0(p, t + i, j) };
-                let d_s = p.mul(d_p[i][j].sub(delta[j]));
+                let s = &mut s[lanes + j * V::LANES..];
+                let d_s = V::load(s).mul(d_p[i][j].sub(delta[j]));
                 let d_s = if sees_all[j] { d_s } else { within.or_0(d_s, t + i, j) };
-                d_s.store(&mut s[at..]);
-                F::put(p, &mut p_row[at / F::TERMS..]);
-                F::put(d_s, &mut d_s_row[at / F::TERMS..]);
+                d_s.store(s);
+                F::put(d_s, &mut to[(lanes + j * V::LANES) / F::TERMS..]);
             }
         }
     }
