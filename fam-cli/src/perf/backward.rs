@@ -299,7 +299,7 @@ mod tests {
     use super::super::case::CASES;
     use super::*;
     use fam::cpu::{Cpu, Par};
-    use fam_testkit::Queue;
+    use fam_testkit::{Limits, Queue};
 
     struct Serial(Cpu);
 
@@ -308,6 +308,10 @@ mod tests {
 
         fn backend(&self) -> &Cpu {
             &self.0
+        }
+
+        fn limits(&self) -> Limits {
+            Limits::default().p16_backward(self.0.isa().pairs())
         }
 
         fn run(&self, work: &mut dyn FnMut(&mut Queue<'_, Self>) -> Result<()>) -> Result<()> {
