@@ -26,7 +26,7 @@ use crate::softmax::Softmax;
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_SPLITS, MAX_WIDTH, Tile, carve, splits_of_task};
 use crate::vector::{Body, Vector};
-use crate::walk::{KeyTile, Piece, Visit, walk};
+use crate::walk::{KeyTile, Piece, Walk};
 use bytemuck::cast_slice;
 pub(crate) use decode::scratch as scratch_of_few;
 use decode::{FewRows, JoinSplits};
@@ -229,8 +229,9 @@ impl Kernel<'_> {
         row_sum[..fresh].fill(0.0);
         b.acc[..count.next_multiple_of(width) * dp].fill(0.0);
 
-        let mut tiles = Tiles { kernel: self, count, b, factors: PhantomData::<F> };
-        walk::<V>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut tiles);
+        for tile in Walk::new(shape, &self.keys, self.mem.as_ref(), piece, kv_head) {
+            self.tile::<V, F>(&tile, count, b);
+        }
 
         for first in (0..count).step_by(width) {
             let count = width.min(count - first);
@@ -264,6 +265,36 @@ impl Kernel<'_> {
         }
     }
 
+    /// A tile of keys, for all `count` rows.
+    #[inline(always)]
+    fn tile<V: Vector, F: Form>(&self, tile: &KeyTile<'_>, count: usize, b: &mut Buffers<'_>) {
+        let (d, dp, width) = (self.shape.head_dim(), self.tile.dp, V::MR * V::LANES);
+        let lead = tile.lead(F::TERMS);
+        let k = Rows::<F>::of::<V>(&tile.rows.0, tile.range.clone(), dp, b.k);
+        let v = F::values::<V>(&tile.rows.1, tile.range.clone(), lead, dp, b.v);
+        let keys = lead..lead + (tile.range.end - tile.range.start) as usize;
+        let is_finite = !tile.is_whole && v.are_finite::<V>(keys.end.div_ceil(F::TERMS), d);
+        let (row_max, row_sum) = b.states.split_at_mut(self.tile.rows);
+        for first in (0..count).step_by(width) {
+            let seen = tile.seen(first..count.min(first + width), V::LANES, lead, b.ranges);
+            V::run(PanelOverTile {
+                q: cast_slice(&b.q[first * dp..][..width * dp]),
+                k,
+                v,
+                d,
+                is_finite,
+                keys: keys.clone(),
+                unit: self.unit,
+                seen,
+                ranges: b.ranges.split_at(MAX_WIDTH).into(),
+                s: &mut *b.s,
+                acc: &mut b.acc[first * dp..][..width * dp],
+                row_max: &mut row_max[first..][..width],
+                row_sum: &mut row_sum[first..][..width],
+            });
+        }
+    }
+
     /// Ends a row, whose maximum is in units: writes its lse. Returns what its sums are multiplied by; `None` of an empty row, whose result
     /// is 0 whatever its sums are.
     fn weigh(&self, task: &mut Task, rows: &RowGroup<'_>, at: [usize; 4], keys: Softmax) -> Option<f32> {
@@ -278,46 +309,5 @@ impl Kernel<'_> {
         }
         let divisor = mutate!("attend-sink-weightless", state, without_sink);
         (!divisor.is_empty()).then(|| before * divisor.weight())
-    }
-}
-
-/// The keys of a piece of `count` rows.
-struct Tiles<'a, 'b, 's, F> {
-    kernel: &'a Kernel<'a>,
-    count: usize,
-    b: &'b mut Buffers<'s>,
-    factors: PhantomData<F>,
-}
-
-impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
-    /// A tile of keys, for all rows.
-    #[inline(always)]
-    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>) {
-        let Tiles { kernel, count, b, .. } = self;
-        let (d, dp, width) = (kernel.shape.head_dim(), kernel.tile.dp, V::MR * V::LANES);
-        let lead = tile.lead(F::TERMS);
-        let k = Rows::<F>::of::<V>(&tile.rows.0, tile.range.clone(), dp, b.k);
-        let v = F::values::<V>(&tile.rows.1, tile.range.clone(), lead, dp, b.v);
-        let keys = lead..lead + (tile.range.end - tile.range.start) as usize;
-        let is_finite = !tile.is_whole && v.are_finite::<V>(keys.end.div_ceil(F::TERMS), d);
-        let (row_max, row_sum) = b.states.split_at_mut(kernel.tile.rows);
-        for first in (0..*count).step_by(width) {
-            let seen = tile.seen::<V>(first..(*count).min(first + width), lead, b.ranges);
-            V::run(PanelOverTile {
-                q: cast_slice(&b.q[first * dp..][..width * dp]),
-                k,
-                v,
-                d,
-                is_finite,
-                keys: keys.clone(),
-                unit: kernel.unit,
-                seen,
-                ranges: b.ranges.split_at(MAX_WIDTH).into(),
-                s: &mut *b.s,
-                acc: &mut b.acc[first * dp..][..width * dp],
-                row_max: &mut row_max[first..][..width],
-                row_sum: &mut row_sum[first..][..width],
-            });
-        }
     }
 }

@@ -24,7 +24,7 @@ use crate::product::{Factor, Pair};
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector};
-use crate::walk::{KeyTile, Piece, Places, Visit, walk};
+use crate::walk::{KeyTile, Piece, Places, Walk};
 use bytemuck::{cast_slice, cast_slice_mut};
 use fam_core::{AttendBackward, KeyGradients, Keys, Plan, Result, RowsBackward, Shape, View, ViewMut, mutate};
 use keys::KeysBackward;
@@ -265,8 +265,9 @@ impl Kernel<'_> {
         b.d_q[..count.next_multiple_of(width) * dp].fill(0.0);
 
         // 2. All keys.
-        let mut tiles = Tiles { kernel: self, task, piece, b, factors: PhantomData::<F> };
-        walk::<V>(shape, &self.keys, self.mem.as_ref(), piece, kv_head, &mut tiles);
+        for tile in Walk::new(shape, &self.keys, self.mem.as_ref(), piece, kv_head) {
+            self.tile::<V, F>(task, piece, &tile, b);
+        }
 
         // 3. What is left of the rows.
         let scale = mutate!("backward-scale-q", shape.scale(), 1.0);
@@ -276,34 +277,22 @@ impl Kernel<'_> {
             rows.d_q.write_panel::<V>(task, panel, width.min(count - first), b.stage, places(first));
         }
     }
-}
 
-/// The keys of a piece.
-struct Tiles<'a, 'b, 's, F> {
-    kernel: &'a Kernel<'a>,
-    task: &'b mut Task,
-    piece: &'b Piece,
-    b: &'b mut Buffers<'s>,
-    factors: PhantomData<F>,
-}
-
-impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
     /// A tile of keys, for all rows.
     #[inline(always)]
-    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>) {
-        let Tiles { kernel, task, piece, b, .. } = self;
-        let (d, dp, width) = (kernel.shape.head_dim(), kernel.tile.dp, V::MR * V::LANES);
-        let count = piece.tokens * kernel.shape.group();
+    fn tile<V: Vector, F: Form>(&self, task: &mut Task, piece: &Piece, tile: &KeyTile<'_>, b: &mut Buffers<'_>) {
+        let (d, dp, width) = (self.shape.head_dim(), self.tile.dp, V::MR * V::LANES);
+        let count = piece.tokens * self.shape.group();
         let (k_rows, v_rows) = &tile.rows;
-        let (size, stride) = ((tile.range.end - tile.range.start) as usize, kernel.tile.rows / F::TERMS);
+        let (size, stride) = ((tile.range.end - tile.range.start) as usize, self.tile.rows / F::TERMS);
         let k = Rows::<F>::of::<V>(k_rows, tile.range.clone(), dp, b.k);
         let v = Rows::<F>::of::<V>(v_rows, tile.range.clone(), dp, b.v);
         let k_of_keys = if F::TERMS == 1 { k } else { F::values::<V>(k_rows, tile.range.clone(), 0, dp, b.k_of_keys) };
         let (d_k, d_v) = (&mut b.d_k[..size * dp], &mut b.d_v[..size * dp]);
-        let (less, delta) = b.states.split_at(kernel.tile.rows);
+        let (less, delta) = b.states.split_at(self.tile.rows);
         let (p, d_s) = cast_slice_mut::<_, F>(b.p).split_at_mut(BLOCK_N * stride);
         for first in (0..count).step_by(width) {
-            let seen = tile.seen::<V>(first..count.min(first + width), 0, b.ranges);
+            let seen = tile.seen(first..count.min(first + width), V::LANES, 0, b.ranges);
             let panel = first * dp..(first + width) * dp;
             V::run(PanelBackward {
                 q: cast_slice(&b.q[panel.clone()]),
@@ -312,7 +301,7 @@ impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
                 v,
                 k_of_keys,
                 d,
-                scale: kernel.shape.scale(),
+                scale: self.shape.scale(),
                 less: &less[first..][..width],
                 delta: &delta[first..][..width],
                 seen: &seen,
@@ -327,10 +316,10 @@ impl<F: Form> Visit for Tiles<'_, '_, '_, F> {
         }
         let (d_o, q) = (cast_slice(b.d_o_rows), cast_slice(b.q_rows));
         V::run(KeysBackward { p, d_s, stride, d_o, q, dp, tile, d_v: &mut *d_v, d_k: &mut *d_k });
-        let to = if tile.is_memory { &kernel.d_mem } else { &kernel.d_keys };
+        let to = if tile.is_memory { &self.d_mem } else { &self.d_keys };
         let to = mutate!("backward-mem-from-rows", to.as_ref(), to.as_ref().filter(|_| !tile.is_memory || !piece.is_memory));
         let Some(to) = to.filter(|_| task.owns_slot()) else { return };
-        let scale = mutate!("backward-scale-k", kernel.shape.scale(), 1.0);
+        let scale = mutate!("backward-scale-k", self.shape.scale(), 1.0);
         V::run(AddTo { to: &to.d_k, task, tile, rows: d_k, dp, scale });
         V::run(AddTo { to: &to.d_v, task, tile, rows: d_v, dp, scale: 1.0 });
     }

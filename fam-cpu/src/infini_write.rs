@@ -14,7 +14,7 @@ use crate::memory::{Cache, Elements, HeadRows};
 use crate::pack::{self, Rows};
 use crate::parallel::output::{Output, Owner};
 use crate::parallel::{Grid, Par, Task, run};
-use crate::product::{All, Lanes, accumulate, zero};
+use crate::product::{Lanes, Product};
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector, sigma};
@@ -147,65 +147,16 @@ impl Kernel<'_> {
                 mutate!("infini-expm1", y, y.sub(V::splat(1.0)).add(V::splat(1.0))).store(k);
             }
             s.chunks_exact(dp).for_each(|s| sum::<V>(add_z, s));
-            V::run(Outer { s, v, d, dp, add_m });
-        }
-    }
-}
-
-/// `add_m += σ(k)ᵀ v` over a tile of keys: `s` and `v` are `[keys][dp]`, `add_m` is `[d][dp]`.
-struct Outer<'a> {
-    s: &'a [f32],
-    v: &'a [f32],
-    d: usize,
-    dp: usize,
-    add_m: &'a mut [f32],
-}
-
-impl Body for Outer<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector, const MR: usize, const NR: usize>(mut self) {
-        let mut lane = 0;
-        while lane < self.dp {
-            if lane + MR * V::LANES <= self.dp {
-                self.channels::<V, MR, NR>(lane);
-                lane += MR * V::LANES;
-            } else {
-                self.channels::<V, 1, NR>(lane);
-                lane += V::LANES;
-            }
-        }
-    }
-}
-
-impl Outer<'_> {
-    /// All key channels of `M` vectors of value channels from `lane` on.
-    #[inline(always)]
-    fn channels<V: Vector, const M: usize, const NR: usize>(&mut self, lane: usize) {
-        let mut c = 0;
-        while c + NR <= self.d {
-            self.sums::<V, M, NR>(lane, c);
-            c += NR;
-        }
-        while c < self.d {
-            self.sums::<V, M, 1>(lane, c);
-            c += 1;
-        }
-    }
-
-    /// Key channels `c .. c + N` of these.
-    #[inline(always)]
-    fn sums<V: Vector, const M: usize, const N: usize>(&mut self, lane: usize, c: usize) {
-        let x = Lanes { data: &self.v[lane..], stride: self.dp };
-        let b = Rows { data: self.s, stride: self.dp }.over_rows().skip(c);
-        let mut sum = zero::<V, M, N>();
-        accumulate(x, b, 0..self.s.len() / self.dp, &All, &mut sum);
-        for i in 0..N {
-            for j in 0..M {
-                let to = &mut self.add_m[(c + i) * self.dp + lane + j * V::LANES..];
-                V::load(to).add(sum[i][j]).store(to);
-            }
+            let b = Rows { data: &*s, stride: dp }.over_rows();
+            V::run(Product {
+                x: Lanes { data: v, stride: dp },
+                b,
+                count: d,
+                lanes: dp,
+                factors: count,
+                out: &mut *add_m,
+                adds: true,
+            });
         }
     }
 }

@@ -43,6 +43,7 @@ mod merge_backward;
 mod pack;
 #[allow(unsafe_code, reason = "tasks share scratch memory and outputs, and a pool runs borrowed work")]
 mod parallel;
+#[cfg(feature = "probe")]
 mod probe;
 #[allow(unsafe_code, reason = "the inner loop of all products, whose indices are checked once for all of its rounds")]
 mod product;

@@ -318,7 +318,7 @@ impl<F: Form> OfType<F> for Stack<'_> {
                 F::join([T::load::<V>(&terms[0][c..]), T::load::<V>(&terms[1][c..])]).store(&mut to[c..]);
             }
             for c in (d / V::LANES * V::LANES..dp).step_by(V::LANES) {
-                F::join(terms.map(|term| last_channels::<V, T>(&term[..d], c))).store(&mut to[c..]);
+                F::join([last_channels::<V, T>(&terms[0][..d], c), last_channels::<V, T>(&terms[1][..d], c)]).store(&mut to[c..]);
             }
         }
     }

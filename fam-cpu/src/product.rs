@@ -80,7 +80,7 @@ impl Factor for Pair {
     }
     #[inline(always)]
     fn add_products_within<V: Vector>(self, x: V, sum: V, k: usize, [first, end]: [V; 2]) -> V {
-        let [first_term, second_term] = [2 * k, 2 * k + mutate!("attend-pair-whole", 1, 0)].map(|term| term as f32);
+        let (first_term, second_term) = ((2 * k) as f32, (2 * k + mutate!("attend-pair-whole", 1, 0)) as f32);
         let Pair(b) = self;
         let sum = Pair([bf16::ZERO, b[1]]).add_product(x, sum).select(V::splat(second_term).is_within(first, end), sum);
         Pair([b[0], bf16::ZERO]).add_product(x, sum).select(V::splat(first_term).is_within(first, end), sum)
@@ -210,59 +210,65 @@ pub(crate) fn chained<V: Vector, F: Factor, const MR: usize, const NR: usize>(
     sum
 }
 
-/// A whole product of `count` values of i by `lanes` lanes, whole vectors: hands each vector to `each(i, lane, sum)`.
-#[inline(always)]
-pub(crate) fn product<V: Vector, const MR: usize, const NR: usize>(
-    x: Lanes<'_>,
-    b: Broadcast<'_>,
-    [count, lanes, terms]: [usize; 3],
-    each: &mut impl FnMut(usize, usize, V),
-) {
-    let mut lane = 0;
-    while lane < lanes {
-        let x = Lanes { data: &x.data[lane..], ..x };
-        if lane + MR * V::LANES <= lanes {
-            columns::<V, MR, NR>(x, b, count, terms, &mut |i, j, sum| each(i, lane + j, sum));
-            lane += MR * V::LANES;
-        } else {
-            columns::<V, 1, NR>(x, b, count, terms, &mut |i, j, sum| each(i, lane + j, sum));
-            lane += V::LANES;
+/// A whole product of `count` values of i by `lanes` lanes, over so many factors.
+pub(crate) struct Product<'a> {
+    pub x: Lanes<'a>,
+    pub b: Broadcast<'a>,
+    pub count: usize,
+    /// Whole vectors.
+    pub lanes: usize,
+    pub factors: usize,
+    /// `[count][lanes]`: gets the sums, or has them added.
+    pub out: &'a mut [f32],
+    pub adds: bool,
+}
+
+impl Body for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(mut self) {
+        let mut lane = 0;
+        while lane < self.lanes {
+            if lane + MR * V::LANES <= self.lanes {
+                self.columns::<V, MR, NR>(lane);
+                lane += MR * V::LANES;
+            } else {
+                self.columns::<V, 1, NR>(lane);
+                lane += V::LANES;
+            }
         }
     }
 }
 
-/// All values of i for `MR` vectors.
-#[inline(always)]
-fn columns<V: Vector, const MR: usize, const NR: usize>(
-    x: Lanes<'_>,
-    b: Broadcast<'_>,
-    count: usize,
-    terms: usize,
-    each: &mut impl FnMut(usize, usize, V),
-) {
-    let mut i = 0;
-    while i + NR <= count {
-        block::<V, MR, NR>(x, b.skip(i), terms, &mut |r, j, sum| each(i + r, j, sum));
-        i += NR;
-    }
-    while i < count {
-        block::<V, MR, 1>(x, b.skip(i), terms, &mut |r, j, sum| each(i + r, j, sum));
-        i += 1;
-    }
-}
-
-#[inline(always)]
-fn block<V: Vector, const MR: usize, const NR: usize>(
-    x: Lanes<'_>,
-    b: Broadcast<'_>,
-    terms: usize,
-    each: &mut impl FnMut(usize, usize, V),
-) {
-    let sums = chained::<V, f32, MR, NR>(x, b, terms);
-    for (i, sums) in sums.into_iter().enumerate() {
-        for (j, sum) in sums.into_iter().enumerate() {
-            each(i, j * V::LANES, sum);
+impl Product<'_> {
+    /// All values of i for `M` vectors from `lane` on.
+    #[inline(always)]
+    fn columns<V: Vector, const M: usize, const NR: usize>(&mut self, lane: usize) {
+        let whole = self.count / NR * NR;
+        for i in (0..whole).step_by(NR) {
+            self.block::<V, M, NR>(i, lane);
         }
+        for i in whole..self.count {
+            self.block::<V, M, 1>(i, lane);
+        }
+    }
+
+    /// `N` of them.
+    #[inline(always)]
+    fn block<V: Vector, const M: usize, const N: usize>(&mut self, i: usize, lane: usize) {
+        let x = Lanes { data: &self.x.data[lane..], ..self.x };
+        let mut sum = chained::<V, f32, M, N>(x, self.b.skip(i), self.factors);
+        let out = &mut self.out[i * self.lanes + lane..];
+        if self.adds {
+            let before: [[V; M]; N] = load(out, self.lanes);
+            for i in 0..N {
+                for j in 0..M {
+                    sum[i][j] = before[i][j].add(sum[i][j]);
+                }
+            }
+        }
+        store(&sum, out, self.lanes);
     }
 }
 

@@ -12,7 +12,6 @@
 
 use crate::memory::{Cache, HeadRows};
 use crate::tile::{BLOCK_N, MAX_MR, MAX_WIDTH, Tile};
-use crate::vector::Vector;
 use fam_core::{Shape, Span, Window, mutate};
 use std::ops::Range;
 
@@ -185,7 +184,7 @@ impl KeyTile<'_> {
     }
 
     /// Rows of the piece that see a key of `keys`: the rows between two of them do so too.
-    #[inline(always)]
+    #[inline(never)]
     pub fn rows_seeing(&self, keys: &Range<usize>) -> Range<usize> {
         let (group, tokens) = (self.shape.group(), self.piece.tokens);
         if self.is_whole {
@@ -196,10 +195,10 @@ impl KeyTile<'_> {
         first * group..partition_point(tokens, |t| self.visible(t).start < keys.end) * group
     }
 
-    /// What the vectors of a panel of `rows` see, as places of keys of which the first has place `lead`. Where a vector does not see all,
-    /// `ranges` gets each row's first key, and behind `MAX_WIDTH` the one after its last.
-    #[inline(always)]
-    pub fn seen<V: Vector>(&self, rows: Range<usize>, lead: usize, ranges: &mut [f32]) -> [Seen; MAX_MR] {
+    /// What the vectors, of so many lanes, of a panel of `rows` see, as places of keys of which the first has place `lead`. Where a vector
+    /// does not see all, `ranges` gets each row's first key, and behind `MAX_WIDTH` the one after its last.
+    #[inline(never)]
+    pub fn seen(&self, rows: Range<usize>, lanes: usize, lead: usize, ranges: &mut [f32]) -> [Seen; MAX_MR] {
         let group = self.shape.group();
         let count = (self.range.end - self.range.start) as usize;
         let visible = |row: usize| {
@@ -208,15 +207,15 @@ impl KeyTile<'_> {
         };
         let mut of_vectors: [Seen; MAX_MR] = Default::default();
         if self.is_whole {
-            of_vectors[..rows.len().div_ceil(V::LANES)].fill(Seen { any: lead..lead + count, all: lead..lead + count });
+            of_vectors[..rows.len().div_ceil(lanes)].fill(Seen { any: lead..lead + count, all: lead..lead + count });
             return of_vectors;
         }
-        for (of_vector, r) in of_vectors.iter_mut().zip(rows.clone().step_by(V::LANES)) {
-            let last = rows.end.min(r + V::LANES) - 1;
+        for (of_vector, r) in of_vectors.iter_mut().zip(rows.clone().step_by(lanes)) {
+            let last = rows.end.min(r + lanes) - 1;
             *of_vector = Seen::new(visible(r), visible(last));
             // Looked at for keys that not all rows of the panel see.
             if of_vector.all != (lead..lead + count) {
-                for lane in 0..V::LANES {
+                for lane in 0..lanes {
                     let (keys, at) = (visible(last.min(r + lane)), r - rows.start + lane);
                     (ranges[at], ranges[MAX_WIDTH + at]) = (keys.start as f32, keys.end as f32);
                 }
@@ -303,7 +302,7 @@ fn tile_number(shape: &Shape, is_memory: bool, segment: usize, x: i64) -> usize 
     [window, window, window + memory][segment].saturating_add_signed(x.div_euclid(BLOCK_N as i64) as isize)
 }
 
-/// Numbers of the tiles that [`walk`] visits: from the first to the last.
+/// Numbers of the tiles of a [`Walk`]: from the first to the last.
 pub(crate) fn tile_numbers(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
     let keys = segments(shape, mem, piece).into_iter().enumerate().filter(|(_, keys)| !keys.is_empty());
     let number = |i, x| tile_number(shape, piece.is_memory, i, x);
@@ -311,62 +310,92 @@ pub(crate) fn tile_numbers(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece
     numbers.reduce(|first, last| first.start..last.end).unwrap_or_default()
 }
 
-/// What is done with each tile of keys. No closure: see [`crate::vector::Body`].
-pub(crate) trait Visit {
-    /// Does it, `#[inline(always)]`.
-    fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>);
+/// Every tile of keys that some row of a piece sees, in order. Keys that none sees are in no tile.
+pub(crate) struct Walk<'a> {
+    shape: &'a Shape,
+    piece: &'a Piece,
+    /// Window, memory and own block.
+    segments: [Segment<'a>; 3],
+    /// The segment that the next tile is of, and where it begins there.
+    segment: usize,
+    x: i64,
 }
 
-/// Visits every tile of keys that some row of the piece sees, in order. Keys that none sees are in no tile.
-#[inline(always)]
-pub(crate) fn walk<V: Vector>(
-    shape: &Shape,
-    keys: &Cache<'_>,
-    mem: Option<&Cache<'_>>,
-    piece: &Piece,
-    kv_head: usize,
-    visit: &mut impl Visit,
-) {
-    let span = &piece.span;
-    let kv_head = mutate!("attend-gqa", kv_head, kv_head * shape.group() % shape.kv_heads());
-    let slot = mutate!("attend-slot", span.slot as usize, 0);
-    let origin = mutate!("attend-origin", span.origin, if keys.is_ring() { 0 } else { span.origin });
-    // Number of the row of the block's first key. Arithmetic with it wraps, since a block may begin before the origin.
-    let (tokens, block) = ((keys, [slot, 0, kv_head]), piece.block.wrapping_sub(origin));
-    let memory = mem.map(|mem| {
-        let i = mutate!("attend-next-memory", piece.i, piece.i + 1);
-        let entry = (u64::from(span.mem_entry) + i as u64) % mem.entries() as u64;
-        (mem, [slot, entry as usize, kv_head])
-    });
+/// Keys of one kind that a piece sees.
+struct Segment<'a> {
+    /// The head's rows of their cache.
+    rows: (HeadRows<'a>, HeadRows<'a>),
+    /// Slot, entry and head there.
+    at: [usize; 3],
+    /// Number of the row of key 0. Arithmetic with it wraps, since a block may begin before the origin.
+    row: u64,
+    /// From where tiles begin.
+    keys: Range<i64>,
+    is_memory: bool,
+}
 
-    let ([window, memory_keys, own], step) = (segments(shape, mem, piece), BLOCK_N as i64);
-    let mem = memory.iter().map(|cache| (1, cache, 0, memory_keys.clone(), Some(&memory_keys)));
-    for (segment, (cache, at), row, keys, memory) in
-        [(0, &tokens, block, window, None)].into_iter().chain(mem).chain([(2, &tokens, block, own, None)])
-    {
-        let rows = cache.rows(*at);
-        let mut x = keys.start;
-        while x < keys.end {
+impl<'a> Walk<'a> {
+    /// Of the keys of kv head `kv_head`.
+    pub fn new(shape: &'a Shape, keys: &Cache<'a>, mem: Option<&Cache<'a>>, piece: &'a Piece, kv_head: usize) -> Self {
+        let span = &piece.span;
+        let kv_head = mutate!("attend-gqa", kv_head, kv_head * shape.group() % shape.kv_heads());
+        let slot = mutate!("attend-slot", span.slot as usize, 0);
+        let origin = mutate!("attend-origin", span.origin, if keys.is_ring() { 0 } else { span.origin });
+        let [window, of_memory, own] = segments(shape, mem, piece);
+        let of_tokens = |keys_of_segment: Range<i64>| {
+            let at = [slot, 0, kv_head];
+            let row = piece.block.wrapping_sub(origin);
+            Segment { rows: keys.rows(at), at, row, keys: keys_of_segment, is_memory: false }
+        };
+        let (window, own) = (of_tokens(window), of_tokens(own));
+        let memory = match mem {
+            Some(mem) => {
+                let i = mutate!("attend-next-memory", piece.i, piece.i + 1);
+                let entry = (u64::from(span.mem_entry) + i as u64) % mem.entries() as u64;
+                let at = [slot, entry as usize, kv_head];
+                Segment { rows: mem.rows(at), at, row: 0, keys: of_memory, is_memory: true }
+            }
+            None => of_tokens(0..0),
+        };
+        Walk { shape, piece, x: window.keys.start, segments: [window, memory, own], segment: 0 }
+    }
+}
+
+impl<'a> Iterator for Walk<'a> {
+    type Item = KeyTile<'a>;
+
+    // Compiled once, not into every kernel.
+    #[inline(never)]
+    fn next(&mut self) -> Option<KeyTile<'a>> {
+        let (shape, piece, step) = (self.shape, self.piece, BLOCK_N as i64);
+        loop {
+            let (number, segment, x) = (self.segment, self.segments.get(self.segment)?, self.x);
+            if x >= segment.keys.end {
+                self.segment += 1;
+                self.x = self.segments.get(self.segment)?.keys.start;
+                continue;
+            }
+            self.x += step;
             // From the first key of the tile that some row sees to the last.
-            let seen = |t: usize| memory.cloned().unwrap_or_else(|| piece.visible(t, shape));
-            let (from, until) = (seen(0).start.max(x), seen(piece.tokens - 1).end.min(x + step));
+            let memory = segment.is_memory.then(|| segment.keys.clone());
+            let seen = |t: usize| memory.clone().unwrap_or_else(|| piece.visible(t, shape));
+            let (first, last) = (seen(0), seen(piece.tokens - 1));
+            let (from, until) = (first.start.max(x), last.end.min(x + step));
             if from < until {
-                let row_of = |x: i64| row.wrapping_add(x.cast_unsigned());
-                let (range, memory) = (rows.0.reduced(row_of(from)..row_of(until)), memory.cloned());
-                visit.tile::<V>(&KeyTile {
-                    rows,
-                    range,
-                    at: *at,
-                    number: tile_number(shape, piece.is_memory, segment, x),
-                    is_memory: memory.is_some(),
-                    is_whole: seen(0).end >= until && seen(piece.tokens - 1).start <= from,
+                let row_of = |x: i64| segment.row.wrapping_add(x.cast_unsigned());
+                return Some(KeyTile {
+                    rows: segment.rows,
+                    range: segment.rows.0.reduced(row_of(from)..row_of(until)),
+                    at: segment.at,
+                    number: tile_number(shape, piece.is_memory, number, x),
+                    is_memory: segment.is_memory,
+                    is_whole: first.end >= until && last.start <= from,
                     memory,
                     first: from,
                     piece,
                     shape,
                 });
             }
-            x += step;
         }
     }
 }

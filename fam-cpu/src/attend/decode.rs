@@ -19,7 +19,7 @@ use crate::softmax::{Softmax, join};
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, FEW_ROWS, MAX_SPLITS, MAX_WIDTH, STEP, Tile, carve, few_tokens, partial, tiles_of_split};
 use crate::vector::{Body, MAX_LANES, Vector};
-use crate::walk::{KeyTile, Piece, Visit, most_tiles, tile_numbers, walk};
+use crate::walk::{KeyTile, Piece, Walk, most_tiles, tile_numbers};
 use fam_core::{Dtype, Layout, Shape, Spec, mutate};
 use std::mem::swap;
 use std::ops::Range;
@@ -208,7 +208,9 @@ impl<'a, 's> Few<'a, 's> {
         self.b.whole.clear(count, tile.dp);
         let tiles = tiles_of_one(shape, piece);
         let mut of_splits = OfSplits { few: self, task, piece, count, is_whole, first: all.start, splits, tiles, split: None };
-        walk::<V>(shape, keys, mem.as_ref(), piece, head[1], &mut of_splits);
+        for tile in Walk::new(shape, keys, mem.as_ref(), piece, head[1]) {
+            of_splits.tile::<V>(&tile);
+        }
         of_splits.close::<V>();
         if is_whole {
             V::run(Finish { few: self, task, piece, count });
@@ -234,8 +236,6 @@ impl<'a, 's> Few<'a, 's> {
         let Sums { acc, row_max, row_sum } = split;
         let rows = RowsInBands { q, dp, unit: self.kernel.unit, bands, s, acc, row_max, row_sum };
         let (of_k, of_v) = &tile.rows;
-        // Where rows are taken one by one, each would widen the keys anew.
-        let widens = V::MR > 1;
         if let (Some((k, k_stride)), Some((v, v_stride))) = (of_k.run(tile.range.start, keys), of_v.run(tile.range.start, keys))
             && d.is_multiple_of(V::LANES)
         {
@@ -244,10 +244,11 @@ impl<'a, 's> Few<'a, 's> {
                 (Elements::F32(k), Elements::F32(v)) => {
                     return V::run(RowsOverTile::new(rows, [k, v], strides, lead..lead + keys, d));
                 }
-                (Elements::F16(k), Elements::F16(v)) if widens => {
+                // Where rows are taken one by one, each would widen the keys anew.
+                (Elements::F16(k), Elements::F16(v)) if const { V::MR > 1 } => {
                     return V::run(RowsOverTile::new(rows, [k, v], strides, lead..lead + keys, d));
                 }
-                (Elements::Bf16(k), Elements::Bf16(v)) if widens => {
+                (Elements::Bf16(k), Elements::Bf16(v)) if const { V::MR > 1 } => {
                     return V::run(RowsOverTile::new(rows, [k, v], strides, lead..lead + keys, d));
                 }
                 _ => {}
@@ -355,9 +356,8 @@ impl OfSplits<'_, '_, '_, '_> {
             [partial[dp], partial[dp + 1]] = [sums.row_max[r], sums.row_sum[r]];
         }
     }
-}
 
-impl Visit for OfSplits<'_, '_, '_, '_> {
+    /// A tile of keys, for all rows.
     #[inline(always)]
     fn tile<V: Vector>(&mut self, tile: &KeyTile<'_>) {
         let split = tile.number / self.tiles;

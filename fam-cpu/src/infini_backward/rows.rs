@@ -1,6 +1,6 @@
 //! A tile of rows, queries or keys, and what it has to do with one state: see [`super`].
 
-use crate::product::{Broadcast, Lanes, product};
+use crate::product::{Broadcast, Lanes, Product};
 use crate::vector::{Body, Vector, sigma};
 use fam_core::mutate;
 
@@ -30,9 +30,10 @@ impl Body for Read<'_> {
             *den = dot(s, z);
         }
         let (m, b) = (Lanes { data: m, stride: dp }, Broadcast { data: &*s, i: dp, k: 1 });
-        product::<V, MR, NR>(m, b, [x.len() / dp, dp, d], &mut |r, c, sum: V| {
-            sum.div(V::splat(den[r])).store(&mut a[r * dp + c..]);
-        });
+        V::run(Product { x: m, b, count: x.len() / dp, lanes: dp, factors: d, out: &mut *a, adds: false });
+        for (a, den) in a.chunks_exact_mut(dp).zip(den) {
+            a.iter_mut().for_each(|a| *a /= *den);
+        }
     }
 }
 
@@ -47,10 +48,10 @@ fn sigma_row<V: Vector>(x: &[f32], d: usize, shift: f32, s: &mut [f32]) {
 
 /// Back through [`Read`]: adds to the gradients of x, m and z.
 pub(super) struct ReadBackward<'a> {
-    /// Rows that have read, `[rows][dp]`, as [`Read`] left them.
+    /// Rows that have read, `[rows][dp]`, as [`Read`] left them; a is overwritten.
     pub x: &'a [f32],
     pub s: &'a [f32],
-    pub a: &'a [f32],
+    pub a: &'a mut [f32],
     pub den: &'a [f32],
     pub d: usize,
     /// m transposed.
@@ -83,14 +84,12 @@ impl Body for ReadBackward<'_> {
             }
         }
         let b = Broadcast { data: &*d_a, i: dp, k: 1 };
-        product::<V, MR, NR>(Lanes { data: m_t, stride: dp }, b, [count, dp, d], &mut |r, c, sum: V| {
-            add_sloped(sum, &x[r * dp + c..], &s[r * dp + c..], &mut d_x[r * dp + c..]);
-        });
+        V::run(Product { x: Lanes { data: m_t, stride: dp }, b, count, lanes: dp, factors: d, out: &mut *a, adds: false });
+        for (((d_x, d_s), x), s) in d_x.iter_mut().zip(a).zip(x).zip(s) {
+            *d_x += *d_s * slope(*x, *s);
+        }
         let b = Broadcast { data: s, i: 1, k: dp };
-        product::<V, MR, NR>(Lanes { data: d_a, stride: dp }, b, [d, dp, count], &mut |i, c, sum: V| {
-            let d_m = &mut d_m[i * dp + c..];
-            V::load(d_m).add(sum).store(d_m);
-        });
+        V::run(Product { x: Lanes { data: d_a, stride: dp }, b, count: d, lanes: dp, factors: count, out: d_m, adds: true });
     }
 }
 
@@ -98,16 +97,6 @@ impl Body for ReadBackward<'_> {
 #[inline(always)]
 fn slope(x: f32, s: f32) -> f32 {
     mutate!("infini-backward-slope", if x > 0.0 { 1.0 } else { s }, 1.0)
-}
-
-/// d_x += σ'(x)·d_s for one vector.
-#[inline(always)]
-fn add_sloped<V: Vector>(d_s: V, x: &[f32], s: &[f32], d_x: &mut [f32]) {
-    let mut slopes = [0.0; 16];
-    for ((slopes, x), s) in slopes[..V::LANES].iter_mut().zip(x).zip(s) {
-        *slopes = slope(*x, *s);
-    }
-    d_s.mul_add(V::load(&slopes), V::load(d_x)).store(d_x);
 }
 
 /// Back through m' = m + Σ_t s_tᵀ u_t and z' = z + Σ_t s_t.
@@ -138,15 +127,14 @@ impl Body for WriteBackward<'_> {
             sigma_row::<V>(x, d, 0.0, s);
         }
         let b = Broadcast { data: &*sigma, i: dp, k: 1 };
-        product::<V, MR, NR>(Lanes { data: d_m, stride: dp }, b, [count, dp, d], &mut |r, c, sum: V| {
-            sum.store(&mut d_u[r * dp + c..])
-        });
-        d_x.fill(0.0);
+        V::run(Product { x: Lanes { data: d_m, stride: dp }, b, count, lanes: dp, factors: d, out: d_u, adds: false });
         let b = Broadcast { data: u, i: dp, k: 1 };
-        product::<V, MR, NR>(Lanes { data: d_m_t, stride: dp }, b, [count, dp, d], &mut |r, c, sum: V| {
-            let d_s = mutate!("infini-backward-d-z", sum.add(V::load(&d_z[c..])), sum);
-            add_sloped(d_s, &x[r * dp + c..], &sigma[r * dp + c..], &mut d_x[r * dp + c..]);
-        });
+        V::run(Product { x: Lanes { data: d_m_t, stride: dp }, b, count, lanes: dp, factors: d, out: &mut *d_x, adds: false });
+        for ((d_x, x), s) in d_x.chunks_exact_mut(dp).zip(x.chunks_exact(dp)).zip(sigma.chunks_exact(dp)) {
+            for (((d_x, d_z), x), s) in d_x.iter_mut().zip(d_z).zip(x).zip(s) {
+                *d_x = mutate!("infini-backward-d-z", *d_x + d_z, *d_x) * slope(*x, *s);
+            }
+        }
     }
 }
 
