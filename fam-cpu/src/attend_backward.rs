@@ -15,7 +15,7 @@ mod panel;
 
 use crate::CpuPlan;
 use crate::convert::widen_here;
-use crate::infini_backward::{count_in, per_stream, sum_streams};
+use crate::infini_backward::{count_in, dot, per_stream, sum_streams};
 use crate::memory::{Cache, Input};
 use crate::pack::{self, Form, Rows};
 use crate::parallel::output::{Output, Owner};
@@ -23,7 +23,7 @@ use crate::parallel::{Grid, Par, Phase, Task, run_phase, shared};
 use crate::product::{Factor, Pair};
 use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
-use crate::vector::{Body, MAX_LANES, Vector, lane_sums};
+use crate::vector::{Body, Vector};
 use crate::walk::{KeyTile, Piece, Places, Walk};
 use bytemuck::{cast_slice, cast_slice_mut};
 use fam_core::{AttendBackward, KeyGradients, Keys, Plan, Result, RowsBackward, Shape, View, ViewMut, mutate};
@@ -162,7 +162,7 @@ struct Deltas<'a, 's> {
     rows: &'a RowGroup<'a>,
     places: Places,
     delta: &'s mut [f32],
-    /// For o and d_o of a row.
+    /// o and d_o of a row.
     wide: [&'s mut [f32]; 2],
 }
 
@@ -171,22 +171,12 @@ impl Body for Deltas<'_, '_> {
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        let Deltas { rows, mut places, delta, wide: [o, d_o] } = self;
-        for delta in delta.chunks_mut(V::LANES) {
-            // Of so many rows at once: the sum over a vector's lanes takes longer than the products.
-            let mut products = [V::splat(0.0); MAX_LANES];
-            for (r, at) in (0..delta.len()).zip(places.clone()) {
-                widen_here::<V>(rows.o.row(at), o);
-                widen_here::<V>(rows.d_o.row(at), d_o);
-                for c in (0..o.len()).step_by(V::LANES) {
-                    products[r] = V::load(&o[c..]).mul_add(V::load(&d_o[c..]), products[r]);
-                }
-            }
-            let dots = lane_sums(products, V::LANES);
-            for ((delta, dot), at) in delta.iter_mut().zip(dots).zip(&mut places) {
-                let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.f32(at)[0]);
-                *delta = mutate!("backward-delta", dot, 0.0) - mutate!("backward-d-lse", d_lse, 0.0);
-            }
+        let Deltas { rows, places, delta, wide: [o, d_o] } = self;
+        for (delta, at) in delta.iter_mut().zip(places) {
+            widen_here::<V>(rows.o.row(at), o);
+            widen_here::<V>(rows.d_o.row(at), d_o);
+            let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.f32(at)[0]);
+            *delta = mutate!("backward-delta", dot(d_o, o), 0.0) - mutate!("backward-d-lse", d_lse, 0.0);
         }
     }
 }

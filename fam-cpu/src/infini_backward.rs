@@ -18,7 +18,8 @@ use fam_core::{
     InfiniReadBackward, InfiniRule, InfiniWriteBackward, Keys, Layout, Plan, Result, Shape, Span, StateGradients, View, ViewMut,
     mutate,
 };
-use rows::{Read, ReadBackward, WriteBackward, add, dot, transpose};
+pub(crate) use rows::dot;
+use rows::{Read, ReadBackward, WriteBackward, add, transpose};
 
 /// Rows of a tile. The states are what fills the caches: at D = 128 each is 64 KiB, a tile of rows 32 KiB.
 const ROWS: usize = 64;

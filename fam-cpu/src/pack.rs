@@ -359,8 +359,7 @@ pub(crate) struct Rows<'a, F = f32> {
 }
 
 impl<'a, F: Form> Rows<'a, F> {
-    /// Rows `range` of a cache, where they lie or copied to `buffer`, `[rows][dp]`. Behind rows that are no whole factors of rows is one of
-    /// zeros.
+    /// Rows `range` of a cache, where they lie or copied to `buffer`, `[rows][dp]`.
     ///
     /// Rows that are further apart than they are long would share few sets of L1: a tile of them does not stay there, and the prefetcher
     /// brings what nobody reads.
@@ -369,7 +368,6 @@ impl<'a, F: Form> Rows<'a, F> {
         let count = (range.end - range.start) as usize;
         if let Some((run, stride)) = rows.run(range.start, count)
             && stride <= dp
-            && count.is_multiple_of(F::TERMS)
             && let Some((data, stride)) = F::lying(run, stride)
         {
             return Rows { data, stride };
@@ -395,8 +393,6 @@ impl<F: Form> OfType<F> for Copies<'_, '_> {
         F: FormOf<T>,
     {
         let Copies { rows, range, dp, to } = self;
-        let count = (range.end - range.start) as usize;
-        to[count * dp..count.next_multiple_of(F::TERMS) * dp].fill(0.0);
         for (index, to) in range.zip(to.chunks_exact_mut(dp)) {
             let row = T::of(rows.get(index));
             for i in (0..dp / F::TERMS).step_by(V::LANES) {

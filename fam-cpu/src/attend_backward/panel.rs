@@ -14,7 +14,7 @@ pub(super) struct PanelBackward<'a, F> {
     /// Qᵀ and dOᵀ, `[dp / TERMS][W]`.
     pub q: &'a [F],
     pub d_o: &'a [F],
-    /// Keys and values, of `d` channels, behind an odd number of them zeros where factors are pairs; and keys in factors of keys.
+    /// Keys and values, of `d` channels; and keys in factors of keys.
     pub k: Rows<'a, F>,
     pub v: Rows<'a, F>,
     pub k_of_keys: Rows<'a, F>,
@@ -26,7 +26,7 @@ pub(super) struct PanelBackward<'a, F> {
     /// What each vector sees; and each row of a vector that does not see all: its first key, and the one after its last.
     pub seen: &'a [Seen; MAX_MR],
     pub ranges: [&'a [f32]; 2],
-    /// Pᵀ, `[BLOCK_N][W]`, and over it dSᵀ in factors of keys.
+    /// Pᵀ, then dSᵀ, `[BLOCK_N][W]`.
     pub s: &'a mut [f32],
     /// Pᵀ and dSᵀ of all rows in factors of rows, `[keys][stride]`, from the panel's first row on. Those of keys that a row does not see
     /// become 0.
@@ -44,26 +44,22 @@ impl<F: Form> Body for PanelBackward<'_, F> {
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(mut self) {
         let Some(any) = Seen::of_panel(&self.seen[..MR]) else { return };
-        // Whole factors of keys. Those that nobody sees are hidden, like the place behind an odd number of keys.
-        let (begin, end) = (any.start / F::TERMS * F::TERMS, any.end.next_multiple_of(F::TERMS));
-        for t in (0..begin).chain(end..self.keys) {
+        for t in (0..any.start).chain(any.end..self.keys) {
             (0..MR).for_each(|j| self.hide::<V>(t, j));
         }
-        let mut t = begin;
-        while t < end {
-            if end - begin >= NR {
-                // The last keys again rather than fewer at once: the same numbers, in the same places.
-                self.weights::<V, MR, NR>(t.min(end - NR));
-                t += NR;
-            } else if const { F::TERMS == 1 } {
+        let mut t = any.start;
+        while t < any.end {
+            if any.len() < NR {
                 self.weights::<V, MR, 1>(t);
                 t += 1;
             } else {
-                self.weights::<V, MR, 2>(t);
-                t += 2;
+                // The last keys again rather than fewer at once: the same numbers, in the same places.
+                self.weights::<V, MR, NR>(t.min(any.end - NR));
+                t += NR;
             }
         }
 
+        self.join::<V, MR>(&any);
         let keys = 0..self.keys;
         if self.seen[..MR].iter().all(|s| *s == self.seen[0]) {
             self.queries::<V, MR, MR, NR>(0, &self.seen[0].factors(F::TERMS, &keys));
@@ -82,7 +78,28 @@ impl<F: Form> PanelBackward<'_, F> {
         F::put(V::splat(0.0), &mut self.d_s[at..]);
     }
 
-    /// P and dS of the keys `t .. t + N`, whole factors, in all vectors; 0 where a row does not see the key.
+    /// dS of the panel in factors of keys, in the places of their first keys.
+    #[inline(always)]
+    fn join<V: Vector, const MR: usize>(&mut self, any: &Range<usize>) {
+        if F::TERMS == 1 {
+            return;
+        }
+        let width = MR * V::LANES;
+        for i in any.start / F::TERMS..any.end.div_ceil(F::TERMS) {
+            for lane in (0..width).step_by(V::LANES) {
+                let mut terms = [V::splat(0.0); 2];
+                for n in 0..F::TERMS {
+                    let key = i * F::TERMS + n;
+                    if mutate!("backward-pair-lost", any.contains(&key), any.start <= key && key + n < any.end) {
+                        terms[n] = V::load(&self.s[key * width + lane..]);
+                    }
+                }
+                F::join(terms).store(&mut self.s[i * width + lane..]);
+            }
+        }
+    }
+
+    /// P and dS of the keys `t .. t + N` in all vectors; 0 where a row does not see the key.
     #[inline(always)]
     fn weights<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize) {
         let sees = |s: &Seen| s.any.start < t + N && t < s.any.end;
@@ -93,9 +110,9 @@ impl<F: Form> PanelBackward<'_, F> {
             if sees(&self.seen[j]) {
                 self.weights_of::<V, MR, 1, N>(j, t);
             } else {
-                (t..t + N).for_each(|t| self.hide::<V>(t, j));
-                for i in t / F::TERMS..(t + N) / F::TERMS {
-                    V::splat(0.0).store(&mut self.s[(i * MR + j) * V::LANES..]);
+                for t in t..t + N {
+                    self.hide::<V>(t, j);
+                    V::splat(0.0).store(&mut self.s[t * MR * V::LANES + j * V::LANES..]);
                 }
             }
         }
@@ -113,7 +130,7 @@ impl<F: Form> PanelBackward<'_, F> {
         let mut sees_all = [true; M];
         for j in 0..M {
             let all = &self.seen[first + j].all;
-            sees_all[j] = all.start <= t && self.keys.min(t + N) <= all.end;
+            sees_all[j] = all.start <= t && t + N <= all.end;
         }
         let less = load::<V, M, 1>(&self.less[lanes..], 0)[0];
         let delta = load::<V, M, 1>(&self.delta[lanes..], 0)[0];
@@ -129,20 +146,15 @@ impl<F: Form> PanelBackward<'_, F> {
         }
         let d_o = Lanes { data: &self.d_o[lanes..], stride: width };
         let d_p = chained::<V, F, M, N>(d_o, self.v.over_channels().skip(t), factors);
-        for i in (0..N).step_by(F::TERMS) {
+        for i in 0..N {
+            let s = &mut self.s[(t + i) * width..][..width];
+            let to = &mut self.d_s[(t + i) * self.stride..][..width / F::TERMS];
             for j in 0..M {
-                let (lane, mut terms) = (lanes + j * V::LANES, [V::splat(0.0); 2]);
-                for n in 0..F::TERMS {
-                    let key = t + i + n;
-                    let d_s = V::load(&self.s[key * width + lane..]).mul(d_p[i + n][j].sub(delta[j]));
-                    let d_s = if sees_all[j] { d_s } else { within.or_0(d_s, key, j) };
-                    F::put(d_s, &mut self.d_s[key * self.stride + lane / F::TERMS..]);
-                    if mutate!("backward-pair-lost", key < self.keys, key + n < self.keys) {
-                        terms[n] = d_s;
-                    }
-                }
-                // Over P of keys that are done with.
-                F::join(terms).store(&mut self.s[(t + i) / F::TERMS * width + lane..]);
+                let s = &mut s[lanes + j * V::LANES..];
+                let d_s = V::load(s).mul(d_p[i][j].sub(delta[j]));
+                let d_s = if sees_all[j] { d_s } else { within.or_0(d_s, t + i, j) };
+                d_s.store(s);
+                F::put(d_s, &mut to[(lanes + j * V::LANES) / F::TERMS..]);
             }
         }
     }

@@ -146,7 +146,7 @@ pub(super) fn add(to: &mut [f32], x: &[f32]) {
 
 /// a·b over whole vectors of 16, in 16 chains.
 #[inline(always)]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0; 16];
     for (a, b) in a.chunks_exact(16).zip(b.chunks_exact(16)) {
         for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
