@@ -341,14 +341,14 @@ impl Body for AddTo<'_, '_> {
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
         let AddTo { to, task, tile, rows, dp, scale } = self;
-        let [slot, entry, head] = tile.at;
-        for (index, row) in tile.range.clone().zip(rows.chunks_exact(dp)) {
-            let to = to.row::<f32>(task, [slot, entry, index as usize, head]);
-            let whole = to.len() / V::LANES * V::LANES;
-            for c in (0..whole).step_by(V::LANES) {
-                V::load(&row[c..]).mul_add(V::splat(scale), V::load(&to[c..])).store(&mut to[c..]);
+        let of_tile = to.rows::<f32>(task, tile.at, tile.range.start as usize..tile.range.end as usize);
+        for (to, row) in of_tile.zip(rows.chunks_exact(dp)) {
+            let (to, rest) = to.split_at_mut(to.len() / V::LANES * V::LANES);
+            let (row, last) = row.split_at(to.len());
+            for (to, x) in to.chunks_exact_mut(V::LANES).zip(row.chunks_exact(V::LANES)) {
+                V::load(x).mul_add(V::splat(scale), V::load(to)).store(to);
             }
-            to[whole..].iter_mut().zip(&row[whole..]).for_each(|(to, x)| *to += scale * x);
+            rest.iter_mut().zip(last).for_each(|(to, x)| *to += scale * x);
         }
     }
 }

@@ -366,14 +366,15 @@ impl<'a, F: Form> Rows<'a, F> {
     #[inline(always)]
     pub fn of<V: Vector>(rows: &HeadRows<'a>, range: Range<u64>, dp: usize, buffer: &'a mut [f32]) -> Self {
         let count = (range.end - range.start) as usize;
-        if let Some((run, stride)) = rows.run(range.start, count)
+        let run = rows.run(range.start, count);
+        if let Some((run, stride)) = run
             && stride <= dp
             && let Some((data, stride)) = F::lying(run, stride)
         {
             return Rows { data, stride };
         }
         let first = rows.get(range.start);
-        V::run(Elementwise::<F, _>(first, Copies { rows, range, dp, to: &mut *buffer }, PhantomData));
+        V::run(Elementwise::<F, _>(first, Copies { rows, range, run, dp, to: &mut *buffer }, PhantomData));
         Rows { data: cast_slice(buffer), stride: dp }
     }
 }
@@ -382,6 +383,8 @@ impl<'a, F: Form> Rows<'a, F> {
 struct Copies<'a, 'b> {
     rows: &'b HeadRows<'a>,
     range: Range<u64>,
+    /// [`HeadRows::run`] of these.
+    run: Option<(Elements<'a>, usize)>,
     dp: usize,
     to: &'b mut [f32],
 }
@@ -392,16 +395,19 @@ impl<F: Form> OfType<F> for Copies<'_, '_> {
     where
         F: FormOf<T>,
     {
-        let Copies { rows, range, dp, to } = self;
-        for (index, to) in range.zip(to.chunks_exact_mut(dp)) {
-            let row = T::of(rows.get(index));
-            for i in (0..dp / F::TERMS).step_by(V::LANES) {
-                let factors = if (i + V::LANES) * F::TERMS <= row.len() {
-                    F::channels::<V>(row, i, 1.0)
-                } else {
-                    F::last_channels::<V>(row, i, 1.0)
-                };
-                factors.store(&mut to[i..]);
+        let Copies { rows, range, run, dp, to } = self;
+        let d = rows.get(range.start).len();
+        let (whole, run) = (d / F::TERMS / V::LANES * V::LANES, run.map(|(run, stride)| (T::of(run), stride)));
+        for ((n, index), to) in range.enumerate().zip(to.chunks_exact_mut(dp)) {
+            let row = match run {
+                Some((run, stride)) => &run[n * stride..][..d],
+                None => T::of(rows.get(index)),
+            };
+            for i in (0..whole).step_by(V::LANES) {
+                F::channels::<V>(row, i, 1.0).store(&mut to[i..]);
+            }
+            for i in (whole..dp / F::TERMS).step_by(V::LANES) {
+                F::last_channels::<V>(row, i, 1.0).store(&mut to[i..]);
             }
         }
     }

@@ -8,6 +8,7 @@ use crate::vector::{Body, Vector};
 use crate::walk::Places;
 use fam_core::{Dtype, Element, Layout, Memory, ViewMut, bf16, f16};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Which rows `[batch, blocks, rows, heads]` of an output belong to which task.
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +105,29 @@ impl<'a> Output<'a> {
         // rows of different indices within the layout's shape are distinct, so no other thread touches it; this thread holds no other row,
         // since it needs the task.
         unsafe { std::slice::from_raw_parts_mut(self.first.add(first).cast::<T>(), len) }
+    }
+
+    /// Rows `rows` of `[batch, blocks, .., heads]` where a task owns all of them or none: as [`Output::row`] would give them one by one, but
+    /// checked once.
+    #[inline(always)]
+    pub fn rows<'t, T: Element>(
+        &'t self,
+        task: &'t mut Task,
+        [batch, block, head]: [usize; 3],
+        rows: Range<usize>,
+    ) -> impl Iterator<Item = &'t mut [T]> + use<'t, 'a, T> {
+        assert!(matches!(self.owner, Owner::Slot));
+        let (count, stride) = (rows.len(), self.layout.stride[2]);
+        let first = match count {
+            0 => self.first.cast::<T>(),
+            _ => {
+                let last: *mut [T] = self.row(task, [batch, block, rows.end - 1, head]);
+                last.cast::<T>().wrapping_sub((count - 1) * stride)
+            }
+        };
+        let len = self.layout.shape[4];
+        // SAFETY: as in `row`, of which the last one of these asked all that it asserts; others lie before it, and all of them are distinct.
+        (0..count).map(move |i| unsafe { std::slice::from_raw_parts_mut(first.add(i * stride), len) })
     }
 
     /// Writes a row of f32, rounded once to the output's type.
