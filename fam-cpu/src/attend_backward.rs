@@ -288,6 +288,7 @@ impl Kernel<'_> {
         let k = Rows::<F>::of::<V>(k_rows, tile.range.clone(), dp, b.k);
         let v = Rows::<F>::of::<V>(v_rows, tile.range.clone(), dp, b.v);
         let k_of_keys = if F::TERMS == 1 { k } else { F::values::<V>(k_rows, tile.range.clone(), 0, dp, b.k_of_keys) };
+        let is_finite = !tile.is_whole && k_of_keys.are_finite::<V>(size.div_ceil(F::TERMS), d);
         let (d_k, d_v) = (&mut b.d_k[..size * dp], &mut b.d_v[..size * dp]);
         let (less, delta) = b.states.split_at(self.tile.rows);
         let (p, d_s) = cast_slice_mut::<_, F>(b.p).split_at_mut(BLOCK_N * stride);
@@ -300,6 +301,7 @@ impl Kernel<'_> {
                 k,
                 v,
                 k_of_keys,
+                is_finite,
                 d,
                 scale: self.shape.scale(),
                 less: &less[first..][..width],

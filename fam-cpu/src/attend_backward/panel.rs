@@ -18,6 +18,8 @@ pub(super) struct PanelBackward<'a, F> {
     pub k: Rows<'a, F>,
     pub v: Rows<'a, F>,
     pub k_of_keys: Rows<'a, F>,
+    /// Whether the keys are known to be finite: then a dS of 0 hides them.
+    pub is_finite: bool,
     pub d: usize,
     pub scale: f32,
     /// −lse and δ of each row; −∞ for a row that passes nothing on.
@@ -61,10 +63,15 @@ impl<F: Form> Body for PanelBackward<'_, F> {
 
         self.join::<V, MR>(&any);
         let keys = 0..self.keys;
-        if self.seen[..MR].iter().all(|s| *s == self.seen[0]) {
-            self.queries::<V, MR, MR, NR>(0, &self.seen[0].factors(F::TERMS, &keys));
+        let of_all = if self.seen[..MR].iter().all(|s| *s == self.seen[0]) {
+            Some(self.seen[0].factors(F::TERMS, &keys))
         } else {
-            (0..MR).for_each(|j| self.queries::<V, MR, 1, NR>(j, &self.seen[j].factors(F::TERMS, &keys)));
+            let factors = any.start / F::TERMS..any.end.div_ceil(F::TERMS);
+            self.is_finite.then(|| (factors.clone(), factors))
+        };
+        match of_all {
+            Some(factors) => self.queries::<V, MR, MR, NR>(0, &factors),
+            None => (0..MR).for_each(|j| self.queries::<V, MR, 1, NR>(j, &self.seen[j].factors(F::TERMS, &keys))),
         }
     }
 }
