@@ -11,6 +11,7 @@ import datetime
 import gc
 import json
 import logging
+import math
 import os
 import random
 import subprocess
@@ -21,7 +22,8 @@ import warnings
 
 CASES = "A,B,C,D,E-64,E-128,F-linear,F-delta,A-backward,B-backward"
 SLOW = 1.5  # A peer that is slower than the best one by more, on a first look, is not the best one.
-TURN = 0.02  # Seconds: short samples are repeated within a turn, after one that warms the caches.
+TURN = 0.03  # Seconds: short samples are repeated within a turn.
+WARM = 0.01  # Seconds of such samples before them: the first ones bring the caches back from the party before, whoever it was.
 REST = 0.01  # Seconds before a turn on several threads, in which idle threads of the party before stop spinning.
 
 
@@ -78,7 +80,7 @@ def turn(party, seconds, threads):
     if threads > 1:
         time.sleep(REST)
     if seconds < TURN:
-        party.samples(1)
+        party.samples(math.ceil(WARM / seconds))
     taken = party.samples(max(1, round(TURN / seconds)))
     return [median([sample[clock] for sample in taken]) for clock in (0, 1)]
 
