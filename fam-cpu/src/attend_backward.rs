@@ -94,7 +94,7 @@ pub(crate) fn attend_backward(plan: &CpuPlan, par: &Par<'_>, args: AttendBackwar
     let owner = Owner::Stream { heads: shape.group() };
     let kernel = Kernel {
         shape,
-        tile: Tile::of_backward(shape),
+        tile: plan.tile,
         rows: args.rows.map(|rows| RowGroup::new(rows, owner)),
         mem_rows: args.mem_rows.map(|rows| RowGroup::new(rows, owner)),
         keys: Cache::tokens(&keys, spec)?,

@@ -10,13 +10,10 @@ use fam_core::{Op, Shape, Spec};
 /// errors with it.
 pub const BLOCK_N: usize = 64;
 
-/// Rows (tokens times query heads of a group) that share packed keys. At D = 64 q and the sums of so many take 64 KiB and stay in L2. `attend`
-/// takes half as many where tasks would be few.
-const BLOCK_M: usize = 128;
-
-/// The same of `attend_backward`, which adds to the gradients of a tile's keys for each tile of rows: its five forms of rows and P and dS take
-/// 448 KiB at D = 64.
-const BLOCK_M_BACKWARD: usize = 256;
+/// Rows (tokens times query heads of a group) that share packed keys, and in the backward pass what they add to the gradients of keys. At
+/// D = 64 q and the sums of so many take 128 KiB, and the five forms of rows, P and dS of the backward pass 448 KiB: they stay in L2. `attend`
+/// takes half or a quarter of them where tasks would be few.
+const BLOCK_M: usize = 256;
 
 /// The largest head_dim: beyond it tiles leave L2, and a wider tile choice would be needed.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
@@ -92,15 +89,12 @@ impl Tile {
         Self::of_rows(shape, BLOCK_M)
     }
 
-    /// These tiles, or half of them where so many heads (streams times kv heads) of so many tokens do not keep so many threads busy.
-    pub fn for_threads(self, shape: &Shape, heads: usize, tokens: usize, threads: usize) -> Self {
-        let is_enough = threads == 1 || heads * tokens.div_ceil(self.tokens) >= TASKS_ENOUGH.saturating_mul(threads);
-        if is_enough { self } else { Self::of_rows(shape, BLOCK_M / 2) }
-    }
-
-    /// The tiles of `attend_backward`.
-    pub fn of_backward(shape: &Shape) -> Self {
-        Self::of_rows(shape, BLOCK_M_BACKWARD)
+    /// The tiles of a shape, or half or a quarter of them where so many heads (streams times kv heads) of so many tokens do not keep so many
+    /// threads busy.
+    pub fn for_threads(shape: &Shape, heads: usize, tokens: usize, threads: usize) -> Self {
+        let is_enough = |tile: &Tile| threads == 1 || heads * tokens.div_ceil(tile.tokens) >= TASKS_ENOUGH.saturating_mul(threads);
+        let of = |rows| Self::of_rows(shape, rows);
+        [BLOCK_M, BLOCK_M / 2].map(of).into_iter().find(is_enough).unwrap_or(of(BLOCK_M / 4))
     }
 
     fn of_rows(shape: &Shape, rows: usize) -> Self {
@@ -118,7 +112,7 @@ pub(crate) fn worker_share(spec: &Spec) -> usize {
         }
         Op::InfiniRead => total(crate::infini_read::scratch(tile)),
         Op::InfiniWrite => total(crate::infini_write::scratch(tile)),
-        Op::AttendBackward => total(crate::attend_backward::scratch(Tile::of_backward(spec.shape()))),
+        Op::AttendBackward => total(crate::attend_backward::scratch(tile)),
         Op::InfiniReadBackward | Op::InfiniWriteBackward => total(crate::infini_backward::scratch(tile)),
         _ => 0,
     });
