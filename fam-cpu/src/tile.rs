@@ -92,7 +92,8 @@ impl Tile {
     /// The tiles of a shape, or half or a quarter of them where so many heads (streams times kv heads) of so many tokens do not keep so many
     /// threads busy.
     pub fn for_threads(shape: &Shape, heads: usize, tokens: usize, threads: usize) -> Self {
-        let is_enough = |tile: &Tile| threads == 1 || heads * tokens.div_ceil(tile.tokens) >= TASKS_ENOUGH.saturating_mul(threads);
+        let is_enough =
+            |tile: &Tile| threads == 1 || heads * tokens.div_ceil(tile.tokens) >= TASKS_ENOUGH.saturating_mul(threads);
         let of = |rows| Self::of_rows(shape, rows);
         [BLOCK_M, BLOCK_M / 2].map(of).into_iter().find(is_enough).unwrap_or(of(BLOCK_M / 4))
     }
