@@ -23,8 +23,8 @@ import warnings
 CASES = "A,B,C,D,E-64,E-128,F-linear,F-delta,A-backward,B-backward"
 SLOW = 1.5  # A peer that is slower than the best one by more, on a first look, is not the best one.
 TURN = 0.03  # Seconds: short samples are repeated within a turn.
-WARM = 0.01  # Seconds of such samples before them: the first ones bring the caches back from the party before, whoever it was.
-REST = 0.01  # Seconds before a turn on several threads, in which idle threads of the party before stop spinning.
+WARM = 0.01  # Seconds of samples before them: the first ones bring the caches back from the party before, whoever it was.
+REST = 0.05  # Seconds before a turn on several threads, in which idle threads of the party before stop spinning: ONNX Runtime's take 35 ms.
 
 
 class Fam:
@@ -79,8 +79,7 @@ def turn(party, seconds, threads):
     """The median (wall, CPU) of as many samples as fill a turn; `seconds`: how long one takes."""
     if threads > 1:
         time.sleep(REST)
-    if seconds < TURN:
-        party.samples(math.ceil(WARM / seconds))
+    party.samples(math.ceil(WARM / seconds))
     taken = party.samples(max(1, round(TURN / seconds)))
     return [median([sample[clock] for sample in taken]) for clock in (0, 1)]
 

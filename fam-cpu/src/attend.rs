@@ -49,7 +49,7 @@ pub(crate) fn attend(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scra
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, Some(&args.keys), args.mem.is_some());
     let heads = spans.batch() * shape.kv_heads();
-    let tile = Tile::for_threads(shape, heads, spans.max_rows(), plan.threads);
+    let tile = Tile::for_threads(shape, &spans, plan.threads);
     let (keys, mem) = (Cache::tokens(&args.keys, spec)?, args.mem.as_ref().map(|m| Cache::memory(&m.k, &m.v)));
     let splits = splits_of_task(heads, plan.threads);
     // Tasks of a head that has more splits than one takes.

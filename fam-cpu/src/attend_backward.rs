@@ -32,7 +32,7 @@ use panel::PanelBackward;
 use std::marker::PhantomData;
 
 /// Sizes of a worker's buffers, in the order of [`Buffers`].
-pub(crate) fn scratch(tile: Tile) -> [usize; 15] {
+pub(crate) fn scratch(tile: Tile) -> [usize; 13] {
     let Tile { rows, dp, .. } = tile;
     let (of_rows, of_keys, logits) = (rows * dp, BLOCK_N * dp, BLOCK_N * rows);
     [
@@ -41,8 +41,6 @@ pub(crate) fn scratch(tile: Tile) -> [usize; 15] {
         of_rows,
         of_rows,
         of_rows,
-        of_keys,
-        of_keys,
         of_keys,
         of_keys,
         of_keys,
@@ -63,13 +61,11 @@ struct Buffers<'s> {
     /// Rows of q and of d_o in factors of rows.
     q_rows: &'s mut [f32],
     d_o_rows: &'s mut [f32],
-    /// A tile of keys and of values, and what the rows add to their gradients.
+    /// A tile of keys and of values.
     k: &'s mut [f32],
     v: &'s mut [f32],
     /// The keys in factors of keys.
     k_of_keys: &'s mut [f32],
-    d_k: &'s mut [f32],
-    d_v: &'s mut [f32],
     /// P, then dS, of a panel over the tile: `[BLOCK_N][W]`.
     s: &'s mut [f32],
     /// P and dS of all rows over the tile in factors of rows: `[BLOCK_N][rows]` terms each.
@@ -208,9 +204,8 @@ impl<F: Form> Body for StreamOfRows<'_, '_, F> {
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
         let StreamOfRows { kernel, task, scratch, .. } = self;
         let (shape, tile) = (kernel.shape, kernel.tile);
-        let [q, d_o, d_q, q_rows, d_o_rows, k, v, k_of_keys, d_k, d_v, s, p, stage, states, ranges] =
-            carve(scratch, self::scratch(tile));
-        let mut b = Buffers { q, d_o, d_q, q_rows, d_o_rows, k, v, k_of_keys, d_k, d_v, s, p, stage, states, ranges };
+        let [q, d_o, d_q, q_rows, d_o_rows, k, v, k_of_keys, s, p, stage, states, ranges] = carve(scratch, self::scratch(tile));
+        let mut b = Buffers { q, d_o, d_q, q_rows, d_o_rows, k, v, k_of_keys, s, p, stage, states, ranges };
         let (span, group) = (task.span(), shape.group());
         for head in task.group() * group..(task.group() + 1) * group {
             kernel.d_sink.row::<f32>(task, [task.n(), 0, 0, head]).fill(0.0);
@@ -289,7 +284,6 @@ impl Kernel<'_> {
         let v = Rows::<F>::of::<V>(v_rows, tile.range.clone(), dp, b.v);
         let k_of_keys = if F::TERMS == 1 { k } else { F::values::<V>(k_rows, tile.range.clone(), 0, dp, b.k_of_keys) };
         let is_finite = !tile.is_whole && k_of_keys.are_finite::<V>(size.div_ceil(F::TERMS), d);
-        let (d_k, d_v) = (&mut b.d_k[..size * dp], &mut b.d_v[..size * dp]);
         let (less, delta) = b.states.split_at(self.tile.rows);
         let (p, d_s) = cast_slice_mut::<_, F>(b.p).split_at_mut(BLOCK_N * stride);
         for first in (0..count).step_by(width) {
@@ -316,41 +310,11 @@ impl Kernel<'_> {
                 d_q: &mut b.d_q[panel],
             });
         }
-        let (d_o, q) = (cast_slice(b.d_o_rows), cast_slice(b.q_rows));
-        V::run(KeysBackward { p, d_s, stride, d_o, q, dp, tile, d_v: &mut *d_v, d_k: &mut *d_k });
         let to = if tile.is_memory { &self.d_mem } else { &self.d_keys };
         let to = mutate!("backward-mem-from-rows", to.as_ref(), to.as_ref().filter(|_| !tile.is_memory || !piece.is_memory));
         let Some(to) = to.filter(|_| task.owns_slot()) else { return };
+        let (d_o, q) = (cast_slice(b.d_o_rows), cast_slice(b.q_rows));
         let scale = mutate!("backward-scale-k", self.shape.scale(), 1.0);
-        V::run(AddTo { to: &to.d_k, task, tile, rows: d_k, dp, scale });
-        V::run(AddTo { to: &to.d_v, task, tile, rows: d_v, dp, scale: 1.0 });
-    }
-}
-
-/// Adds rows `[keys][dp]` times a scale to the gradients of a tile's keys or values.
-struct AddTo<'a, 'o> {
-    to: &'a Output<'o>,
-    task: &'a mut Task,
-    tile: &'a KeyTile<'a>,
-    rows: &'a [f32],
-    dp: usize,
-    scale: f32,
-}
-
-impl Body for AddTo<'_, '_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
-        let AddTo { to, task, tile, rows, dp, scale } = self;
-        let of_tile = to.rows::<f32>(task, tile.at, tile.range.start as usize..tile.range.end as usize);
-        for (to, row) in of_tile.zip(rows.chunks_exact(dp)) {
-            let (to, rest) = to.split_at_mut(to.len() / V::LANES * V::LANES);
-            let (row, last) = row.split_at(to.len());
-            for (to, x) in to.chunks_exact_mut(V::LANES).zip(row.chunks_exact(V::LANES)) {
-                V::load(x).mul_add(V::splat(scale), V::load(to)).store(to);
-            }
-            rest.iter_mut().zip(last).for_each(|(to, x)| *to += scale * x);
-        }
+        V::run(KeysBackward { p, d_s, stride, d_o, q, dp, scale, tile, to, task });
     }
 }

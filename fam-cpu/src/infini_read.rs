@@ -32,7 +32,7 @@ pub(crate) fn infini_read(plan: &CpuPlan, par: &Par<'_>, args: InfiniRead<'_, [u
     let spec = plan.spec();
     let shape = spec.shape();
     let spans = SpanSource::new(args.spans, spec, None, false);
-    let tile = Tile::for_threads(shape, spans.batch() * shape.kv_heads(), spans.max_rows(), plan.threads);
+    let tile = Tile::for_threads(shape, &spans, plan.threads);
     let tiles = spans.max_rows().div_ceil(tile.tokens);
     let o = Output::new(args.o, Owner::Tile { heads: shape.group(), rows: tile.tokens, tiles, first: 0 });
     let grid = Grid { streams: spans.batch(), groups: shape.kv_heads(), tiles, spans: Some(spans), writes_slots: None };

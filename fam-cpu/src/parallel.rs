@@ -95,8 +95,7 @@ impl Grid<'_> {
         if sizes.contains(&0) { 0 } else { sizes.iter().product() }
     }
 
-    /// Tiles of one head lie together: they read the same keys. The last tile comes first, which under a causal mask has most to do: then
-    /// threads end at nearly the same time.
+    /// Tiles of one head lie together: they read the same keys.
     fn task(&self, index: usize) -> Task {
         let (n, rest) = (index / (self.groups * self.tiles), index % (self.groups * self.tiles));
         let (span, slot) = match &self.spans {
@@ -106,7 +105,7 @@ impl Grid<'_> {
             ),
             None => (Span::default(), None),
         };
-        Task { n, group: rest / self.tiles, tile: self.tiles - 1 - rest % self.tiles, tiles: self.tiles, span, slot }
+        Task { n, group: rest / self.tiles, tile: rest % self.tiles, tiles: self.tiles, span, slot }
     }
 }
 

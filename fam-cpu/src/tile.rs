@@ -1,6 +1,7 @@
 //! Every tuning number, in one place.
 
 use crate::pack::padded;
+use crate::span::SpanSource;
 use fam_core::{Op, Shape, Spec};
 
 /// Keys in a tile. Fixed, since the bits of a result depend on where tiles are cut: those of one row must not change with anything else.
@@ -11,11 +12,12 @@ use fam_core::{Op, Shape, Spec};
 pub const BLOCK_N: usize = 64;
 
 /// Rows (tokens times query heads of a group) that share packed keys, and in the backward pass what they add to the gradients of keys. At
-/// D = 64 q and the sums of so many take 128 KiB, and the five forms of rows, P and dS of the backward pass 448 KiB: they stay in L2. `attend`
-/// takes half or a quarter of them where tasks would be few.
+/// D = 64 q and the sums of so many take 128 KiB, and the five forms of rows, P and dS of the backward pass 448 KiB: they stay in an L2 of 1 MiB.
+/// `attend` takes half or a quarter of them where tasks would be few.
 const BLOCK_M: usize = 256;
 
-/// The largest head_dim: beyond it tiles leave L2, and a wider tile choice would be needed.
+/// The largest head_dim: beyond it tiles of keys leave L2, and another tile choice would be needed. From D = 128 on a tile's rows leave an L2 of
+/// 1 MiB in the backward pass; they are read in order, panel by panel.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
 
 /// Most vectors of rows in a panel, at any level, and most rows.
@@ -89,11 +91,10 @@ impl Tile {
         Self::of_rows(shape, BLOCK_M)
     }
 
-    /// The tiles of a shape, or half or a quarter of them where so many heads (streams times kv heads) of so many tokens do not keep so many
-    /// threads busy.
-    pub fn for_threads(shape: &Shape, heads: usize, tokens: usize, threads: usize) -> Self {
-        let is_enough =
-            |tile: &Tile| threads == 1 || heads * tokens.div_ceil(tile.tokens) >= TASKS_ENOUGH.saturating_mul(threads);
+    /// The tiles of a shape, or half or a quarter of them where those of the streams' tokens do not keep so many threads busy.
+    pub fn for_threads(shape: &Shape, spans: &SpanSource<'_>, threads: usize) -> Self {
+        let tasks = |tile: &Tile| (0..spans.batch()).map(|n| (spans.get(n).len as usize).div_ceil(tile.tokens)).sum::<usize>();
+        let is_enough = |tile: &Tile| threads == 1 || tasks(tile) * shape.kv_heads() >= TASKS_ENOUGH.saturating_mul(threads);
         let of = |rows| Self::of_rows(shape, rows);
         [BLOCK_M, BLOCK_M / 2].map(of).into_iter().find(is_enough).unwrap_or(of(BLOCK_M / 4))
     }

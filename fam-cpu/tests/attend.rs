@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Outputs, Stream, shape};
+use common::{Outputs, Stream, levels, shape};
 use fam_core::{Backend, Dtype, Element, Op, Plan, Span, Window, bf16};
 use fam_cpu::{Cpu, FEW_ROWS, Isa, Par};
 
@@ -53,11 +53,6 @@ fn kernels_say_their_level() {
             Err(error) => assert!(!isa.is_available() && error.to_string().contains(isa.name()), "{error}"),
         }
     }
-}
-
-/// The CPU at every level that this machine has.
-fn levels() -> impl Iterator<Item = Cpu> {
-    Isa::ALL.into_iter().filter_map(|isa| Cpu::new().unwrap().with_isa(isa).ok())
 }
 
 /// Of each token whether its block has few rows in the call, and its bits.

@@ -3,7 +3,10 @@
 mod common;
 
 use common::gradients::{Gradients, spans};
-use fam_core::{Op, Spans};
+use common::{levels, random, shape};
+use fam_core::{
+    AttendBackward, Backend, Dtype, Element, Layout, Op, Plan, RowsBackward, Span, Spans, View, ViewMut, Window, bf16,
+};
 use fam_cpu::{Cpu, Executor, Par, Pool};
 
 struct Scoped(usize);
@@ -46,5 +49,54 @@ fn bits_do_not_depend_on_who_runs() {
     for nth in [1, 2, 5, 100] {
         let parts = |phase| (0..nth).map(|ith| Par::Slice { ith, nth, phase }).collect();
         assert!(bits(parts) == serial, "{nth} parts");
+    }
+}
+
+/// d_q of a stream's rows, two blocks of 70 tokens and a window of one, with these keys.
+fn d_q<T: Element>(cpu: &Cpu, heads: usize, k: &[T]) -> Vec<f32> {
+    let shape = shape([heads, 1], 16, 70, Window::Blocks(1), 0, T::DTYPE);
+    let plan = cpu.plan(&shape.spec(1, 210).out_dtype(Dtype::F32).blocks(3).ops(&[Op::AttendBackward]).build().unwrap()).unwrap();
+    let [rows, lse] = [16, 1].map(|d| Layout::packed(Dtype::F32, [1, 1, 210, heads, d]));
+    let (q, v) = (random::<T>(1, 210 * heads * 16), random::<T>(2, 210 * 16));
+    let [o, d_o, of_lse] = [3, 4, 5].map(|seed| random::<f32>(seed, 210 * heads * 16));
+    let (mut d_q, mut scratch) = (vec![7.0; 210 * heads * 16], vec![0xff; plan.support().scratch_bytes as usize]);
+    let keys = Layout::packed(T::DTYPE, [1, 1, 210, 1, 16]);
+    let q = View::of(&q, Layout::packed(T::DTYPE, [1, 1, 210, heads, 16]));
+    let of_rows =
+        RowsBackward::new(q, View::of(&o, rows), View::of(&of_lse, lse), View::of(&d_o, rows), ViewMut::of(&mut d_q, rows));
+    let spans = [Span::new(0, 0, 210)];
+    let args = AttendBackward::new(Spans::Host(&spans), View::of(k, keys), View::of(&v, keys)).rows(of_rows);
+    cpu.attend_backward(&plan, &mut Par::Serial, args, &mut scratch).unwrap();
+    d_q
+}
+
+/// A key that is not finite reaches exactly the rows that see it. The others have the bits that they have beside finite keys, which are not
+/// masked one by one.
+fn hidden_keys_stay_hidden_of<T: Element>(cpu: &Cpu, heads: usize) {
+    let mut k = random::<T>(6, 210 * 16);
+    let clean = d_q(cpu, heads, &k);
+    assert!(clean.iter().all(|x| x.is_finite()));
+    for at in [0, 69, 70, 75, 100, 139, 140, 209] {
+        for dirty in [f32::NAN, f32::INFINITY] {
+            let before = std::mem::replace(&mut k[at * 16], T::from_f32(dirty));
+            let of_rows = d_q(cpu, heads, &k);
+            for (row, (dirty, clean)) in of_rows.chunks(heads * 16).zip(clean.chunks(heads * 16)).enumerate() {
+                let sees = row >= at && row / 70 <= at / 70 + 1;
+                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(sees, bits(dirty) != bits(clean), "{}, {heads} heads, row {row}, key {at}", cpu.isa());
+            }
+            k[at * 16] = before;
+        }
+    }
+}
+
+#[test]
+fn hidden_keys_stay_hidden() {
+    for cpu in levels() {
+        // A vector's rows see different keys; whole vectors see the same, but not all keys of their tile.
+        for heads in [1, 3, 64] {
+            hidden_keys_stay_hidden_of::<f32>(&cpu, heads);
+            hidden_keys_stay_hidden_of::<bf16>(&cpu, heads);
+        }
     }
 }

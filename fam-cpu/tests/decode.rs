@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::random;
+use common::{levels, random};
 use fam_core::{Attend, Backend, Dtype, Element, Keys, Layout, Op, Plan, Rows, Shape, Span, Spans, View, ViewMut, Window};
-use fam_cpu::{Cpu, Executor, FEW_ROWS, Isa, Par, Pool};
+use fam_cpu::{Cpu, Executor, FEW_ROWS, Par, Pool};
 
 /// Sizes of a call: query and kv heads, D, window, F; keys of each stream and tokens of the call.
 struct Call {
@@ -71,11 +71,6 @@ fn run<T: Element>(cpu: Cpu, call: &Call, streams: &[usize], queues: &mut [Par<'
         ]
     };
     (0..batch).map(|m| of(m).concat()).collect()
-}
-
-/// The CPU at every level that this machine has.
-fn levels() -> impl Iterator<Item = Cpu> {
-    Isa::ALL.into_iter().filter_map(|isa| Cpu::new().unwrap().with_isa(isa).ok())
 }
 
 struct Scoped(usize);

@@ -66,6 +66,7 @@ impl<F: Form> Body for PanelBackward<'_, F> {
         let of_all = if self.seen[..MR].iter().all(|s| *s == self.seen[0]) {
             Some(self.seen[0].factors(F::TERMS, &keys))
         } else {
+            // All vectors have a dS for each key of `any`: 0 where it is hidden.
             let factors = any.start / F::TERMS..any.end.div_ceil(F::TERMS);
             self.is_finite.then(|| (factors.clone(), factors))
         };

@@ -76,7 +76,7 @@ pub(crate) struct Output<'a> {
     _borrow: PhantomData<&'a mut [u8]>,
 }
 
-// SAFETY: rows are reached only through `row`, which hands each to the one task that owns it.
+// SAFETY: rows are reached only through `row` and `run`, which hand each to the one task that owns it.
 unsafe impl Sync for Output<'_> {}
 
 impl<'a> Output<'a> {
@@ -108,26 +108,18 @@ impl<'a> Output<'a> {
     }
 
     /// Rows `rows` of `[batch, blocks, .., heads]` where a task owns all of them or none: as [`Output::row`] would give them one by one, but
-    /// checked once.
+    /// asked for once.
     #[inline(always)]
-    pub fn rows<'t, T: Element>(
-        &'t self,
-        task: &'t mut Task,
-        [batch, block, head]: [usize; 3],
-        rows: Range<usize>,
-    ) -> impl Iterator<Item = &'t mut [T]> + use<'t, 'a, T> {
+    pub fn run<'t, T: Element>(&'t self, task: &'t mut Task, [batch, block, head]: [usize; 3], rows: Range<usize>) -> Run<'t, T> {
         assert!(matches!(self.owner, Owner::Slot));
-        let (count, stride) = (rows.len(), self.layout.stride[2]);
-        let first = match count {
-            0 => self.first.cast::<T>(),
-            _ => {
-                let last: *mut [T] = self.row(task, [batch, block, rows.end - 1, head]);
-                last.cast::<T>().wrapping_sub((count - 1) * stride)
-            }
-        };
-        let len = self.layout.shape[4];
-        // SAFETY: as in `row`, of which the last one of these asked all that it asserts; others lie before it, and all of them are distinct.
-        (0..count).map(move |i| unsafe { std::slice::from_raw_parts_mut(first.add(i * stride), len) })
+        let mut first = 0;
+        if !rows.is_empty() {
+            // What all of them must be, and the first row reaches less far.
+            self.row::<T>(task, [batch, block, rows.end - 1, head]);
+            first = self.layout.at([batch, block, rows.start, head]);
+        }
+        let first = self.first.cast::<T>().wrapping_add(first);
+        Run { first, stride: self.layout.stride[2], count: rows.len(), len: self.layout.shape[4], _task: PhantomData }
     }
 
     /// Writes a row of f32, rounded once to the output's type.
@@ -149,6 +141,31 @@ impl<'a> Output<'a> {
     #[inline(always)]
     pub fn write_panel<V: Vector>(&self, task: &mut Task, panel: &[f32], count: usize, stage: &mut [f32], places: Places) {
         V::run(WritePanel { output: self, task, panel, count, stage, places });
+    }
+}
+
+/// Rows of one head of an output, which belong to the task that is borrowed.
+pub(crate) struct Run<'t, T> {
+    first: *mut T,
+    stride: usize,
+    count: usize,
+    len: usize,
+    _task: PhantomData<&'t mut T>,
+}
+
+impl<T> Run<'_, T> {
+    /// Elements of a row.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The `i`-th row.
+    #[inline(always)]
+    pub fn row(&mut self, i: usize) -> &mut [T] {
+        assert!(i < self.count);
+        // SAFETY: as in `Output::row`, which has asked all that it asserts of the last row: those before it reach less far and are the same
+        // task's (`Output::run`), and the pointer is that of the whole output. One row at a time: it borrows the run, and the run the task.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(i * self.stride), self.len) }
     }
 }
 

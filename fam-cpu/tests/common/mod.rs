@@ -6,7 +6,7 @@ pub mod gradients;
 use fam_core::{
     Append, Attend, Backend, Dtype, Element, Keys, Layout, Op, Plan, Rows, Shape, Span, Spans, View, ViewMut, Window,
 };
-use fam_cpu::{Cpu, Par};
+use fam_cpu::{Cpu, Isa, Par};
 
 /// Numbers in −1 .. 1 from a seed (SplitMix64).
 pub fn random<T: Element>(seed: u64, len: usize) -> Vec<T> {
@@ -192,6 +192,11 @@ pub fn shape(heads: [usize; 2], d: usize, b: usize, window: Window, f: usize, dt
     let [heads, kv_heads] = heads;
     let builder = Shape::builder().heads(heads).kv_heads(kv_heads).head_dim(d).block_len(b);
     builder.window(window).mem_len(f).dtype(dtype).build().unwrap()
+}
+
+/// The CPU at every level that this machine has.
+pub fn levels() -> impl Iterator<Item = Cpu> {
+    Isa::ALL.into_iter().filter_map(|isa| Cpu::new().unwrap().with_isa(isa).ok())
 }
 
 /// Calls `f` with a stream of each dtype's own type.
