@@ -94,8 +94,15 @@ impl<F: Factor> Gradients<'_, '_, F> {
         let x = Lanes { data: &self.x.data[factors.start * stride + lane..], stride };
         let weights = self.weights.skip(t);
         let weights = Broadcast { data: &weights.data[factors.start..], ..weights };
-        let sums = chained::<V, F, M, N>(x, weights, factors.len());
         let end = lane + M * V::LANES;
+        // What is added to lies further away than caches of a core reach, and comes while the products are made.
+        for i in 0..N {
+            let to = self.to.row(t + i).as_ptr().wrapping_add(lane);
+            for j in 0..M {
+                V::prefetch(to.wrapping_add(j * V::LANES));
+            }
+        }
+        let sums = chained::<V, F, M, N>(x, weights, factors.len());
         if end <= self.to.len() {
             for i in 0..N {
                 let to = &mut self.to.row(t + i)[lane..end];
