@@ -58,6 +58,9 @@ pub enum Selected {
     /// The CPU.
     #[cfg(feature = "cpu")]
     Cpu(fam_cpu::Cpu),
+    /// A device of wgpu.
+    #[cfg(feature = "wgpu")]
+    Wgpu(fam_wgpu::Wgpu),
 }
 
 impl Selected {
@@ -67,6 +70,18 @@ impl Selected {
         match *self {
             #[cfg(feature = "cpu")]
             Selected::Cpu(ref cpu) => fam_core::Backend::name(cpu),
+            #[cfg(feature = "wgpu")]
+            Selected::Wgpu(ref wgpu) => fam_core::Backend::name(wgpu),
+        }
+    }
+
+    /// Whether it is a GPU that is a program on the CPU: `auto` prefers the CPU's own kernels.
+    fn is_software(&self) -> bool {
+        match *self {
+            #[cfg(feature = "wgpu")]
+            Selected::Wgpu(ref wgpu) => wgpu.is_software(),
+            #[allow(unreachable_patterns, reason = "there may be no other backend")]
+            _ => false,
         }
     }
 }
@@ -103,14 +118,21 @@ pub fn select(name: BackendName) -> Result<Selection> {
     if name != BackendName::Auto {
         return Ok(Selection { backend: open(name)?, reason: "asked for by name".into() });
     }
-    let mut absent = Vec::new();
+    let (mut absent, mut software) = (Vec::new(), None);
     for candidate in candidates() {
         match candidate.backend {
+            Ok(backend) if backend.is_software() => {
+                absent.push(format!("no {} but in software", candidate.name));
+                software.get_or_insert(backend);
+            }
             Ok(backend) if absent.is_empty() => return Ok(Selection { backend, reason: "the first choice of auto".into() }),
             Ok(backend) => return Ok(Selection { backend, reason: format!("auto: {}", absent.join("; ")) }),
             Err(Error::BackendUnavailable { backend, reason }) => absent.push(format!("no {backend} ({reason})")),
             Err(other) => absent.push(other.to_string()),
         }
+    }
+    if let Some(backend) = software {
+        return Ok(Selection { backend, reason: format!("auto: {}", absent.join("; ")) });
     }
     Err(Error::BackendUnavailable { backend: "auto", reason: absent.join("; ") })
 }
@@ -119,6 +141,13 @@ fn open(name: BackendName) -> Result<Selected> {
     match name {
         #[cfg(feature = "cpu")]
         BackendName::Cpu => Ok(Selected::Cpu(fam_cpu::Cpu::new()?)),
+        #[cfg(feature = "wgpu")]
+        BackendName::Wgpu => {
+            let adapters = pollster::block_on(fam_wgpu::adapters());
+            let none = || Error::BackendUnavailable { backend: "wgpu", reason: "no adapter found: is a driver for Vulkan, Metal or DX12 there?".into() };
+            let adapter = adapters.first().ok_or_else(none)?;
+            Ok(Selected::Wgpu(pollster::block_on(adapter.open(None))?))
+        }
         _ => Err(Error::BackendUnavailable { backend: name.name(), reason: "not part of this build".into() }),
     }
 }

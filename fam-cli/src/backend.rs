@@ -2,8 +2,9 @@
 
 use crate::Failure;
 use fam::cpu::{Cpu, Par, Pool};
-use fam::{BackendName, Result, Selected};
-use fam_testkit::{Harness, Limits, Queue};
+use fam::wgpu::Wgpu;
+use fam::{BackendName, Device, Dtype, Result, Selected};
+use fam_testkit::{Harness, Limits, NanReach, Queue};
 
 /// What to run on, on every command that runs something.
 #[derive(clap::Args, Clone)]
@@ -35,6 +36,7 @@ pub fn on<J: Job>(options: &Options, job: J) -> std::result::Result<J::Output, F
             let harness = CpuHarness { cpu: cpu.with_threads(threads), pool: Pool::new(threads)? };
             job.run(&harness, &selection.reason)
         }
+        Selected::Wgpu(wgpu) => job.run(&WgpuHarness { wgpu }, &selection.reason),
         other => Err(format!("{other:?} is not part of this build").into()),
     }
 }
@@ -64,5 +66,28 @@ impl Harness for CpuHarness {
             .p16_backward(pairs)
             .flushes(pairs)
             .few_rows([fam::cpu::FEW_ROWS, fam::cpu::FEW_MEM_ROWS])
+    }
+}
+
+/// A device of wgpu.
+struct WgpuHarness {
+    wgpu: Wgpu,
+}
+
+impl Harness for WgpuHarness {
+    type Backend = Wgpu;
+
+    fn backend(&self) -> &Wgpu {
+        &self.wgpu
+    }
+
+    fn run(&self, work: &mut dyn FnMut(&mut Queue<'_, Self>) -> Result<()>) -> Result<()> {
+        let mut encoder = self.wgpu.device().create_command_encoder(&Default::default());
+        work(&mut encoder)?;
+        self.wgpu.synchronize(&mut encoder)
+    }
+
+    fn limits(&self) -> Limits {
+        Limits::default().key_tile(fam::wgpu::BLOCK_N).flushes(&Dtype::ALL).nan(NanReach::Unspecified)
     }
 }

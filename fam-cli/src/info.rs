@@ -63,6 +63,11 @@ fn describe(selected: &Selected) -> String {
             let (model, threads) = (crate::environment::cpu_model(), crate::environment::threads());
             format!("{model}, {threads} threads, instruction set {}", cpu.isa())
         }
+        Selected::Wgpu(wgpu) => {
+            let (info, (variant, reason)) = (wgpu.device().adapter_info(), wgpu.variant());
+            let kind = if wgpu.is_software() { "software" } else { "GPU" };
+            format!("{} ({kind}; {:?}, {} {}), variant {variant}: {reason}", info.name, info.backend, info.driver, info.driver_info)
+        }
         _ => String::new(),
     }
 }
@@ -73,6 +78,7 @@ fn cells(candidate: &Candidate) -> Vec<Cell> {
         for dtype in Dtype::ALL {
             let kernel = match &candidate.backend {
                 Ok(Selected::Cpu(cpu)) => kernel(cpu, op, dtype),
+                Ok(Selected::Wgpu(wgpu)) => kernel(wgpu, op, dtype),
                 Ok(_) => Err("not part of this build".into()),
                 Err(error) => Err(error.to_string()),
             };

@@ -1,0 +1,178 @@
+//! One joint softmax over window, memory and current block (TransformerFAM, Alg. 1 and 2; contract section 2).
+//!
+//! ```text
+//! p_ij ∝ exp(scale · q_i·k_j) over the visible j        o_i = Σ p_ij v_j        lse_i = ln Σ exp(scale · q_i·k_j)
+//! ```
+//!
+//! A workgroup is one stream, one block of the call, one kv head and a tile of rows: block rows or memory rows, the query heads of a group folded
+//! into rows. Its keys come in the order window | memory rows | own block, in tiles whose edges count from the block's start, so a row's bits do
+//! not depend on the call. What a row sees is a range; there is no mask tensor, and what no row of the tile sees is not loaded.
+//!
+//! Both row groups run in one dispatch where the device binds eleven buffers, else in two.
+
+use crate::call::{Caches, Call, Size, T, code};
+use crate::pipeline::{Dispatch, Gpu, Kernel, Shader, enqueue};
+use crate::tile::AttendTile;
+use crate::{Region, WgpuPlan, infini_read};
+use fam_core::{Attend, Dtype, Layout, Plan, Result, Rows, Spec, View};
+
+/// Storage buffers of a shader that both row groups share: theirs and the call block.
+const BUFFERS_OF_BOTH: u32 = 11;
+
+/// The kernels of a plan.
+#[derive(Clone, Debug)]
+pub(crate) struct Kernels {
+    tile: AttendTile,
+    /// Both row groups at once, where that can be.
+    both: Option<Kernel>,
+    rows: Kernel,
+    mem_rows: Kernel,
+    /// Rows whose output is gated, and what reads the compressive memory behind them.
+    gated: Option<[Kernel; 2]>,
+}
+
+/// Which row groups a kernel has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Groups {
+    Both,
+    Rows,
+    MemRows,
+}
+
+const BOTH: Shader = Shader {
+    name: "attend",
+    text: concat!(include_str!("rows_both.wgsl"), include_str!("rows.wgsl"), include_str!("attend.wgsl")),
+    tensors: &[T::Q, T::O, T::Lse, T::K, T::V, T::MemK, T::MemV, T::MemQ, T::MemO, T::MemLse],
+};
+const ROWS: Shader = Shader {
+    name: "attend",
+    text: concat!(include_str!("rows_one.wgsl"), include_str!("rows.wgsl"), include_str!("attend.wgsl")),
+    tensors: &[T::Q, T::O, T::Lse, T::K, T::V, T::MemK, T::MemV],
+};
+/// The same before the gate.
+const LOCAL_ROWS: Shader = Shader { tensors: &[T::Q, T::OLocal, T::Lse, T::K, T::V, T::MemK, T::MemV], ..ROWS };
+const MEM_ROWS: Shader = Shader { tensors: &[T::MemQ, T::MemO, T::MemLse, T::K, T::V, T::MemK, T::MemV], ..ROWS };
+
+impl Kernels {
+    pub fn new(gpu: &Gpu, spec: &Spec) -> Result<Self> {
+        let tile = AttendTile::of(spec.shape(), &gpu.limits);
+        let kernel = |shader, groups, out| gpu.kernel(shader, &constants(spec, tile, &shader, groups, out));
+        let out = spec.out_dtype();
+        let gated = match spec.shape().infini() {
+            // What is gated is not rounded before.
+            Some(_) => Some([kernel(LOCAL_ROWS, Groups::Rows, Dtype::F32)?, infini_read::kernel(gpu, spec)?]),
+            None => None,
+        };
+        Ok(Kernels {
+            tile,
+            both: both_at_once(&gpu.limits).then(|| kernel(BOTH, Groups::Both, out)).transpose()?,
+            rows: kernel(ROWS, Groups::Rows, out)?,
+            mem_rows: kernel(MEM_ROWS, Groups::MemRows, out)?,
+            gated,
+        })
+    }
+}
+
+/// Whether both row groups run in one dispatch.
+pub(crate) fn both_at_once(limits: &wgpu::Limits) -> bool {
+    limits.max_storage_buffers_per_shader_stage >= BUFFERS_OF_BOTH
+}
+
+fn constants(spec: &Spec, tile: AttendTile, shader: &Shader, groups: Groups, out: Dtype) -> String {
+    let shape = spec.shape();
+    let AttendTile { ty, block_n, q_chunks } = tile;
+    format!(
+        "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst OUT = {}u;\nconst TY = {ty}u;\nconst BLOCK_M = {}u;\nconst BLOCK_N = {block_n}u;\n\
+         const Q_CHUNKS = {q_chunks}u;\nconst FEW_ROWS = 0u;\nconst ROW_TILES = RowTiles;\nconst TENSOR_O = {:?};\n\
+         const HAS_ROWS = {};\nconst HAS_MEM_ROWS = {};\n",
+        shape.head_dim(),
+        code(shape.dtype()),
+        code(out),
+        tile.block_m(),
+        shader.tensors[1],
+        groups != Groups::MemRows,
+        groups != Groups::Rows,
+    )
+}
+
+/// Bytes of scratch memory of the largest call: the local attention's output, where a compressive memory is read behind it.
+pub(crate) fn scratch_bytes(spec: &Spec) -> u64 {
+    match spec.shape().infini() {
+        Some(_) => local_layout(spec, spec.batch(), spec.rows()).end_bytes().unwrap_or(u64::MAX),
+        None => 0,
+    }
+}
+
+fn local_layout(spec: &Spec, batch: usize, rows: usize) -> Layout {
+    Layout::tokens(Dtype::F32, [batch, rows, spec.shape().heads(), spec.shape().head_dim()])
+}
+
+/// [`fam_core::Backend::attend`].
+pub(crate) fn attend(
+    plan: &WgpuPlan,
+    encoder: &mut wgpu::CommandEncoder,
+    args: Attend<'_, Region>,
+    scratch: &mut Region,
+) -> Result<()> {
+    args.validate(plan, scratch)?;
+    let Some(kernels) = &plan.attend else { return Ok(()) };
+    let spec = plan.spec();
+    let shape = spec.shape();
+    let caches = Caches {
+        mem_entries: args.mem.as_ref().map(|mem| mem.k.layout.shape[1]),
+        state_entries: args.infini.as_ref().map_or(1, |infini| infini.m.layout.shape[1]),
+        ..Caches::of(&args.keys)
+    };
+    let mut call = Call::new(plan, &args.spans, caches)?;
+    call.keys(&args.keys)?;
+    if let Some(mem) = &args.mem {
+        call.input(T::MemK, &mem.k)?;
+        call.input(T::MemV, &mem.v)?;
+    }
+    if let Some(sink) = &args.sink {
+        call.per_head(T::Sink, sink)?;
+    }
+    let tile_rows = kernels.tile.block_m();
+    let [mut row_tiles, mut mem_tiles] = [0; 2];
+    if let Some(rows) = &args.rows {
+        name(&mut call, rows, [T::Q, T::O, T::Lse], Size::HasLse)?;
+        row_tiles = (call.max_rows.min(shape.block_len()) * shape.group()).div_ceil(tile_rows);
+    }
+    if let Some(rows) = &args.mem_rows {
+        name(&mut call, rows, [T::MemQ, T::MemO, T::MemLse], Size::HasMemLse)?;
+        mem_tiles = (shape.mem_len() * shape.group()).div_ceil(tile_rows);
+    }
+    let blocks = call.max_blocks;
+    call.set(Size::Blocks, blocks as u32);
+    call.set(Size::RowTiles, row_tiles as u32);
+    call.set(Size::MemTiles, mem_tiles as u32);
+    let heads = (call.batch() * shape.kv_heads()) as u64;
+    let dispatch = |kernel, tiles: usize| Dispatch { kernel, groups: heads * (blocks * tiles) as u64 };
+    let rows_and_mem_rows = |rows| vec![dispatch(rows, row_tiles), dispatch(&kernels.mem_rows, mem_tiles)];
+    let dispatches = match (&args.infini, &kernels.gated, &kernels.both) {
+        (Some(infini), Some([rows, read]), _) if row_tiles > 0 => {
+            infini_read::name(&mut call, infini)?;
+            match &args.o_local {
+                Some(local) => call.output(T::OLocal, local)?,
+                None => call.input(T::OLocal, &View::new(&*scratch, local_layout(spec, call.batch(), call.max_rows)))?,
+            }
+            let mut dispatches = rows_and_mem_rows(rows);
+            dispatches.push(infini_read::dispatch(&mut call, read));
+            dispatches
+        }
+        (_, _, Some(both)) if row_tiles > 0 && mem_tiles > 0 => vec![dispatch(both, row_tiles + mem_tiles)],
+        _ => rows_and_mem_rows(&kernels.rows),
+    };
+    enqueue(&call, encoder, &dispatches)
+}
+
+/// Names the tensors of a row group.
+fn name(call: &mut Call<'_>, rows: &Rows<'_, Region>, [q, o, lse]: [T; 3], has_lse: Size) -> Result<()> {
+    call.input(q, &rows.q)?;
+    call.output(o, &rows.o)?;
+    if let Some(view) = &rows.lse {
+        call.set(has_lse, 1);
+        call.output(lse, view)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,98 @@
+// Query rows in tiles: which a workgroup has, and their elements as vectors of four channels. An op's own text gives `get`, `put` and `put_half`.
+
+const COLUMNS = (HEAD_DIM + 3u) / 4u; // vectors of four channels
+const CHUNKS = (COLUMNS + 15u) / 16u; // and 64 channels at once
+
+// A task: a block of a stream, some of its rows, and which keys these may see.
+struct Piece {
+    is_memory: bool,
+    n: u32,
+    i: u32,           // block of the call
+    kv_head: u32,
+    first: u32,       // row of the piece, heads folded
+    rows: u32,        // rows of the block
+    token: u32,       // token of the call at which they begin
+    base: i32,        // first token of the block, from the call's first
+    oldest: i32,      // first key that exists; positions count from the block's first token
+    end: i32,         // one past the last key that a memory row sees
+}
+
+fn load4(which: u32, i: u32, column: u32) -> vec4<f32> {
+    let first = i + 4u * column;
+    let n = HEAD_DIM - 4u * column;
+    if (DTYPE == F32) {
+        if (n >= 4u) {
+            return bitcast<vec4<f32>>(vec4(get(which, first), get(which, first + 1u), get(which, first + 2u), get(which, first + 3u)));
+        }
+    } else if (n >= 4u && (first & 1u) == 0u) {
+        let w = vec2(get(which, first >> 1u), get(which, (first >> 1u) + 1u));
+        return vec4(half(DTYPE, w.x, 0u), half(DTYPE, w.x, 1u), half(DTYPE, w.y, 0u), half(DTYPE, w.y, 1u));
+    }
+    var x = vec4(0.0);
+    for (var j = 0u; j < min(n, 4u); j++) {
+        x[j] = element(DTYPE, get(which, word(DTYPE, first + j)), first + j);
+    }
+    return x;
+}
+
+fn store4(which: u32, i: u32, column: u32, x: vec4<f32>) {
+    let first = i + 4u * column;
+    let n = HEAD_DIM - 4u * column;
+    if (OUT == F32) {
+        for (var j = 0u; j < min(n, 4u); j++) {
+            put(which, first + j, bitcast<u32>(x[j]));
+        }
+    } else if (n >= 4u && (first & 1u) == 0u) {
+        put(which, first >> 1u, narrow(OUT, x.x) | (narrow(OUT, x.y) << 16u));
+        put(which, (first >> 1u) + 1u, narrow(OUT, x.z) | (narrow(OUT, x.w) << 16u));
+    } else {
+        for (var j = 0u; j < min(n, 4u); j++) {
+            put_half(which, first + j, narrow(OUT, x[j]));
+        }
+    }
+}
+
+// Element at which a row of the piece begins, in q, o or lse.
+fn row_place(t: Tensor, piece: Piece, row: u32) -> u32 {
+    let group = size(Group);
+    let head = piece.kv_head * group + row % group;
+    if (piece.is_memory) {
+        return place(t, piece.n, piece.i, row / group, head);
+    }
+    return place(t, piece.n, 0u, piece.token + row / group, head);
+}
+
+// The task of a workgroup: rows of tiles of block rows, then of memory rows, head by head. Without rows: none.
+fn find(number: u32) -> Piece {
+    var piece: Piece;
+    let blocks = size(Blocks);
+    let row_tiles = select(0u, blocks * size(ROW_TILES), HAS_ROWS);
+    let tiles = row_tiles + select(0u, blocks * size(MemTiles), HAS_MEM_ROWS);
+    let head = number / tiles;
+    var tile = number % tiles;
+    piece.n = head / size(KvHeads);
+    if (piece.n >= size(Batch)) {
+        return piece;
+    }
+    piece.kv_head = head % size(KvHeads);
+    let s = stream(piece.n);
+    piece.is_memory = tile >= row_tiles;
+    let each = select(size(ROW_TILES), size(MemTiles), piece.is_memory);
+    tile -= select(0u, row_tiles, piece.is_memory);
+    piece.i = tile / each;
+    piece.first = tile % each * BLOCK_M;
+    piece.base = i32(piece.i * size(BlockLen)) - i32(s.in_block);
+    piece.oldest = -i32(s.before) - piece.base;
+    piece.token = u32(max(piece.base, 0));
+    let end = min(i32(size(BlockLen)), i32(s.len) - piece.base);
+    piece.end = end;
+    if (piece.i >= s.blocks) {
+        return piece;
+    }
+    if (piece.is_memory) {
+        piece.rows = size(MemLen) * size(Group);
+    } else {
+        piece.rows = u32(piece.base + end - i32(piece.token)) * size(Group);
+    }
+    return piece;
+}

@@ -1,0 +1,51 @@
+// Tensors of both row groups, where a device binds as many.
+
+@group(1) @binding(0) var<storage, read_write> q: array<u32>;
+@group(1) @binding(1) var<storage, read_write> o: array<atomic<u32>>;
+@group(1) @binding(2) var<storage, read_write> lse: array<u32>;
+@group(1) @binding(3) var<storage, read_write> k: array<u32>;
+@group(1) @binding(4) var<storage, read_write> v: array<u32>;
+@group(1) @binding(5) var<storage, read_write> mem_k: array<u32>;
+@group(1) @binding(6) var<storage, read_write> mem_v: array<u32>;
+@group(1) @binding(7) var<storage, read_write> mem_q: array<u32>;
+@group(1) @binding(8) var<storage, read_write> mem_o: array<atomic<u32>>;
+@group(1) @binding(9) var<storage, read_write> mem_lse: array<u32>;
+
+fn get(which: u32, i: u32) -> u32 {
+    switch which {
+        case Q: { return q[i]; }
+        case MemQ: { return mem_q[i]; }
+        case K: { return k[i]; }
+        case V: { return v[i]; }
+        case MemK: { return mem_k[i]; }
+        default: { return mem_v[i]; }
+    }
+}
+
+fn put(which: u32, i: u32, w: u32) {
+    if (which == MemO) {
+        atomicStore(&mem_o[i], w);
+    } else {
+        atomicStore(&o[i], w);
+    }
+}
+
+// Half of a word whose other half may be another thread's, or not of this call at all.
+fn put_half(which: u32, i: u32, bits: u32) {
+    let shift = 16u * (i & 1u);
+    if (which == MemO) {
+        atomicAnd(&mem_o[i >> 1u], ~(0xffffu << shift));
+        atomicOr(&mem_o[i >> 1u], bits << shift);
+    } else {
+        atomicAnd(&o[i >> 1u], ~(0xffffu << shift));
+        atomicOr(&o[i >> 1u], bits << shift);
+    }
+}
+
+fn put_lse(which: u32, i: u32, bits: u32) {
+    if (which == MemLse) {
+        mem_lse[i] = bits;
+    } else {
+        lse[i] = bits;
+    }
+}
