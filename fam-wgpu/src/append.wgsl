@@ -52,7 +52,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
 }
 
-fn get(is_value: bool, i: u32) -> u32 {
+fn fetch(is_value: bool, i: u32) -> u32 {
     if (is_value) {
         return from_v[i];
     }
@@ -82,14 +82,14 @@ fn put_half(is_value: bool, i: u32, bits: u32) {
 // Word w of the row at `from_row`: one element, or two of 16 bits.
 fn copy(is_value: bool, from_row: u32, to_row: u32, w: u32) {
     if (DTYPE == F32) {
-        put(is_value, to_row + w, get(is_value, from_row + w));
+        put(is_value, to_row + w, fetch(is_value, from_row + w));
         return;
     }
     let i = from_row + 2u * w;
     let to = to_row + 2u * w;
     let has_second = 2u * w + 1u < HEAD_DIM;
-    let low = get(is_value, i >> 1u);
-    let high = get(is_value, (i + u32(has_second)) >> 1u);
+    let low = fetch(is_value, i >> 1u);
+    let high = fetch(is_value, (i + u32(has_second)) >> 1u);
     let bits = select(low, (low >> 16u) | (high << 16u), (i & 1u) == 1u);
     if (has_second && (to & 1u) == 0u) {
         put(is_value, to >> 1u, bits);

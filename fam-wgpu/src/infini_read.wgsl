@@ -15,7 +15,7 @@ var<workgroup> matrix: array<vec4<f32>, STEP * 16u>; // m [channel][column], of 
 var<workgroup> norm: array<f32, STEP>;               // z
 var<workgroup> partial: array<vec4<f32>, THREADS>;
 
-fn get(which: u32, i: u32) -> u32 {
+fn fetch(which: u32, i: u32) -> u32 {
     return q[i];
 }
 

@@ -70,11 +70,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         }
         // Behind the stream's first key, it is not whole: then its state is the one before.
         let is_whole = i > 0u || s.in_block <= s.before;
-        let from = (s.state_entry + i) % m_tensor.blocks;
-        let to = (from + 1u) % m_tensor.blocks;
-        let m_from = place(m_tensor, s.slot, from, 0u, kv_head) + 4u * column;
-        let m_to = place(m_tensor, s.slot, to, 0u, kv_head) + 4u * column;
-        let z_to = place(z_tensor, s.slot, to, 0u, kv_head);
+        let earlier = (s.state_entry + i) % m_tensor.blocks;
+        let later = (earlier + 1u) % m_tensor.blocks;
+        let m_from = place(m_tensor, s.slot, earlier, 0u, kv_head) + 4u * column;
+        let m_to = place(m_tensor, s.slot, later, 0u, kv_head) + 4u * column;
+        let z_to = place(z_tensor, s.slot, later, 0u, kv_head);
 
         var acc: array<vec4<f32>, ROWS_OF_THREAD>;
         for (var r = 0u; r < ROWS_OF_THREAD; r++) {

@@ -1,4 +1,4 @@
-// Query rows in tiles: which a workgroup has, and their elements as vectors of four channels. An op's own text gives `get`, `put` and `put_half`.
+// Query rows in tiles: which a workgroup has, and their elements as vectors of four channels. An op's own text gives `fetch`, `put` and `put_half`.
 
 const COLUMNS = (HEAD_DIM + 3u) / 4u; // vectors of four channels
 const CHUNKS = (COLUMNS + 15u) / 16u; // and 64 channels at once
@@ -22,15 +22,15 @@ fn load4(which: u32, i: u32, column: u32) -> vec4<f32> {
     let n = HEAD_DIM - 4u * column;
     if (DTYPE == F32) {
         if (n >= 4u) {
-            return bitcast<vec4<f32>>(vec4(get(which, first), get(which, first + 1u), get(which, first + 2u), get(which, first + 3u)));
+            return bitcast<vec4<f32>>(vec4(fetch(which, first), fetch(which, first + 1u), fetch(which, first + 2u), fetch(which, first + 3u)));
         }
     } else if (n >= 4u && (first & 1u) == 0u) {
-        let w = vec2(get(which, first >> 1u), get(which, (first >> 1u) + 1u));
+        let w = vec2(fetch(which, first >> 1u), fetch(which, (first >> 1u) + 1u));
         return vec4(half(DTYPE, w.x, 0u), half(DTYPE, w.x, 1u), half(DTYPE, w.y, 0u), half(DTYPE, w.y, 1u));
     }
     var x = vec4(0.0);
     for (var j = 0u; j < min(n, 4u); j++) {
-        x[j] = element(DTYPE, get(which, word(DTYPE, first + j)), first + j);
+        x[j] = element(DTYPE, fetch(which, word(DTYPE, first + j)), first + j);
     }
     return x;
 }

@@ -11,7 +11,7 @@
 @group(1) @binding(8) var<storage, read_write> mem_o: array<atomic<u32>>;
 @group(1) @binding(9) var<storage, read_write> mem_lse: array<u32>;
 
-fn get(which: u32, i: u32) -> u32 {
+fn fetch(which: u32, i: u32) -> u32 {
     switch which {
         case Q: { return q[i]; }
         case MemQ: { return mem_q[i]; }

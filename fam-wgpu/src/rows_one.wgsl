@@ -8,7 +8,7 @@
 @group(1) @binding(5) var<storage, read_write> mem_k: array<u32>;
 @group(1) @binding(6) var<storage, read_write> mem_v: array<u32>;
 
-fn get(which: u32, i: u32) -> u32 {
+fn fetch(which: u32, i: u32) -> u32 {
     switch which {
         case Q, MemQ: { return q[i]; }
         case K: { return k[i]; }
