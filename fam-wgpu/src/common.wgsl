@@ -126,11 +126,12 @@ fn exp2_negative(x: f32) -> f32 {
     return select(p * bitcast<f32>(u32(i32(n) + 127) << 23u), 0.0, n < -126.0);
 }
 
-// e^x for x <= 0: n ln 2 is taken off in two parts, of which the first is exact.
+// e^x for x <= 0: Cephes' expf. n ln 2 is taken off in two parts, of which the first is exact. The clamp does nothing but keep compilers from
+// making the two one.
 fn exp_negative(x: f32) -> f32 {
     let least = max(x, -104.0);
     let n = round(least * 1.44269504088896341);
-    let r = fma(n, 2.12194440e-4, fma(n, -0.693359375, least));
+    let r = fma(n, 2.12194440e-4, clamp(fma(n, -0.693359375, least), -1.0, 1.0));
     var p = 1.9875691500e-4;
     p = fma(p, r, 1.3981999507e-3);
     p = fma(p, r, 8.3334519073e-3);
