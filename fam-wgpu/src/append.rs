@@ -26,7 +26,7 @@ impl Kernels {
         };
         Ok(Kernels {
             rows: kernel("TO_RING", &[T::Q, T::InfiniQ, T::K, T::V])?,
-            mem_rows: kernel("TO_MEMORY", &[T::MemQ, T::OLocal, T::MemK, T::MemV])?,
+            mem_rows: kernel("TO_MEMORY", &[T::MemQ, T::Gated, T::MemK, T::MemV])?,
             read_ring: kernel("FROM_RING", &[T::K, T::V, T::Q, T::InfiniQ])?,
         })
     }
@@ -67,7 +67,7 @@ pub(crate) fn append(
     if let Some(mem) = &args.mem_rows {
         let mut call = Call::new(plan, &args.spans, caches)?;
         call.input(T::MemQ, &mem.k)?;
-        call.input(T::OLocal, &mem.v)?;
+        call.input(T::Gated, &mem.v)?;
         call.output(T::MemK, &mem.to_k)?;
         call.output(T::MemV, &mem.to_v)?;
         let most = call.max_blocks.max(1);

@@ -32,7 +32,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         let entry = (s.mem_entry + i) % tensor(MemK).blocks;
         copy(false, place(tensor(MemQ), n, i, row, head), place(tensor(MemK), s.slot, entry, row, head), w);
-        copy(true, place(tensor(OLocal), n, i, row, head), place(tensor(MemV), s.slot, entry, row, head), w);
+        copy(true, place(tensor(Gated), n, i, row, head), place(tensor(MemV), s.slot, entry, row, head), w);
         return;
     }
     if (row >= s.len || s.owns_slot == 0u) {

@@ -23,23 +23,21 @@ const BUFFERS_OF_BOTH: u32 = 11;
 #[derive(Clone, Debug)]
 pub(crate) struct Kernels {
     tile: AttendTile,
-    /// Both row groups at once, where that can be.
-    both: Option<Kernel>,
-    rows: Kernel,
-    mem_rows: Kernel,
-    /// Rows whose output is gated, and what reads the compressive memory behind them.
-    gated: Option<[Kernel; 2]>,
+    groups: RowGroups,
+    /// What reads the compressive memory behind the rows.
+    read: Option<Kernel>,
 }
 
-/// Which row groups a kernel has.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Groups {
-    Both,
-    Rows,
-    MemRows,
+/// Who serves the row groups.
+#[derive(Clone, Debug)]
+enum RowGroups {
+    /// One kernel both.
+    Together(Kernel),
+    /// One kernel each.
+    Apart { rows: Kernel, mem_rows: Kernel },
 }
 
-const BOTH: Shader = Shader {
+const TOGETHER: Shader = Shader {
     name: "attend",
     text: concat!(include_str!("rows_both.wgsl"), include_str!("rows.wgsl"), include_str!("attend.wgsl")),
     tensors: &[T::Q, T::O, T::Lse, T::K, T::V, T::MemK, T::MemV, T::MemQ, T::MemO, T::MemLse],
@@ -49,50 +47,36 @@ const ROWS: Shader = Shader {
     text: concat!(include_str!("rows_one.wgsl"), include_str!("rows.wgsl"), include_str!("attend.wgsl")),
     tensors: &[T::Q, T::O, T::Lse, T::K, T::V, T::MemK, T::MemV],
 };
-/// The same before the gate.
-const LOCAL_ROWS: Shader = Shader { tensors: &[T::Q, T::OLocal, T::Lse, T::K, T::V, T::MemK, T::MemV], ..ROWS };
 const MEM_ROWS: Shader = Shader { tensors: &[T::MemQ, T::MemO, T::MemLse, T::K, T::V, T::MemK, T::MemV], ..ROWS };
 
 impl Kernels {
     pub fn new(gpu: &Gpu, spec: &Spec) -> Result<Self> {
-        let tile = AttendTile::of(spec.shape(), &gpu.limits);
-        let kernel = |shader, groups, out| gpu.kernel(shader, &constants(spec, tile, &shader, groups, out));
-        let out = spec.out_dtype();
-        let gated = match spec.shape().infini() {
-            // What is gated is not rounded before.
-            Some(_) => Some([kernel(LOCAL_ROWS, Groups::Rows, Dtype::F32)?, infini_read::kernel(gpu, spec)?]),
-            None => None,
+        let shape = spec.shape();
+        let tile = AttendTile::of(shape, &gpu.limits);
+        let kernel = |shader, has_rows, has_mem_rows| {
+            let AttendTile { ty, block_n, q_chunks } = tile;
+            let constants = format!(
+                "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst TY = {ty}u;\nconst BLOCK_M = {}u;\nconst BLOCK_N = {block_n}u;\n\
+                 const Q_CHUNKS = {q_chunks}u;\nconst FEW_ROWS = 0u;\nconst ROW_TILES = RowTiles;\n\
+                 const HAS_ROWS = {has_rows};\nconst HAS_MEM_ROWS = {has_mem_rows};\n",
+                shape.head_dim(),
+                code(shape.dtype()),
+                tile.block_m(),
+            );
+            gpu.kernel(shader, &constants)
         };
-        Ok(Kernels {
-            tile,
-            both: both_at_once(&gpu.limits).then(|| kernel(BOTH, Groups::Both, out)).transpose()?,
-            rows: kernel(ROWS, Groups::Rows, out)?,
-            mem_rows: kernel(MEM_ROWS, Groups::MemRows, out)?,
-            gated,
-        })
+        let groups = match are_together(&gpu.limits) {
+            true => RowGroups::Together(kernel(TOGETHER, true, true)?),
+            false => RowGroups::Apart { rows: kernel(ROWS, true, false)?, mem_rows: kernel(MEM_ROWS, false, true)? },
+        };
+        let read = shape.infini().map(|_| infini_read::kernel(gpu, spec)).transpose()?;
+        Ok(Kernels { tile, groups, read })
     }
 }
 
 /// Whether both row groups run in one dispatch.
-pub(crate) fn both_at_once(limits: &wgpu::Limits) -> bool {
+pub(crate) fn are_together(limits: &wgpu::Limits) -> bool {
     limits.max_storage_buffers_per_shader_stage >= BUFFERS_OF_BOTH
-}
-
-fn constants(spec: &Spec, tile: AttendTile, shader: &Shader, groups: Groups, out: Dtype) -> String {
-    let shape = spec.shape();
-    let AttendTile { ty, block_n, q_chunks } = tile;
-    format!(
-        "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst OUT = {}u;\nconst TY = {ty}u;\nconst BLOCK_M = {}u;\nconst BLOCK_N = {block_n}u;\n\
-         const Q_CHUNKS = {q_chunks}u;\nconst FEW_ROWS = 0u;\nconst ROW_TILES = RowTiles;\nconst TENSOR_O = {:?};\n\
-         const HAS_ROWS = {};\nconst HAS_MEM_ROWS = {};\n",
-        shape.head_dim(),
-        code(shape.dtype()),
-        code(out),
-        tile.block_m(),
-        shader.tensors[1],
-        groups != Groups::MemRows,
-        groups != Groups::Rows,
-    )
 }
 
 /// Bytes of scratch memory of the largest call: the local attention's output, where a compressive memory is read behind it.
@@ -132,15 +116,15 @@ pub(crate) fn attend(
     if let Some(sink) = &args.sink {
         call.per_head(T::Sink, sink)?;
     }
-    let tile_rows = kernels.tile.block_m();
+    let tiles = |rows: usize| (rows * shape.group()).div_ceil(kernels.tile.block_m());
     let [mut row_tiles, mut mem_tiles] = [0; 2];
     if let Some(rows) = &args.rows {
         name(&mut call, rows, [T::Q, T::O, T::Lse], Size::HasLse)?;
-        row_tiles = (call.max_rows.min(shape.block_len()) * shape.group()).div_ceil(tile_rows);
+        row_tiles = tiles(call.max_rows.min(shape.block_len()));
     }
     if let Some(rows) = &args.mem_rows {
         name(&mut call, rows, [T::MemQ, T::MemO, T::MemLse], Size::HasMemLse)?;
-        mem_tiles = (shape.mem_len() * shape.group()).div_ceil(tile_rows);
+        mem_tiles = tiles(shape.mem_len());
     }
     let blocks = call.max_blocks;
     call.set(Size::Blocks, blocks as u32);
@@ -148,21 +132,20 @@ pub(crate) fn attend(
     call.set(Size::MemTiles, mem_tiles as u32);
     let heads = (call.batch() * shape.kv_heads()) as u64;
     let dispatch = |kernel, tiles: usize| Dispatch { kernel, groups: heads * (blocks * tiles) as u64 };
-    let rows_and_mem_rows = |rows| vec![dispatch(rows, row_tiles), dispatch(&kernels.mem_rows, mem_tiles)];
-    let dispatches = match (&args.infini, &kernels.gated, &kernels.both) {
-        (Some(infini), Some([rows, read]), _) if row_tiles > 0 => {
-            infini_read::name(&mut call, infini)?;
-            match &args.o_local {
-                Some(local) => call.output(T::OLocal, local)?,
-                None => call.input(T::OLocal, &View::new(&*scratch, local_layout(spec, call.batch(), call.max_rows)))?,
-            }
-            let mut dispatches = rows_and_mem_rows(rows);
-            dispatches.push(infini_read::dispatch(&mut call, read));
-            dispatches
-        }
-        (_, _, Some(both)) if row_tiles > 0 && mem_tiles > 0 => vec![dispatch(both, row_tiles + mem_tiles)],
-        _ => rows_and_mem_rows(&kernels.rows),
+    let mut dispatches = match &kernels.groups {
+        RowGroups::Together(both) => vec![dispatch(both, row_tiles + mem_tiles)],
+        RowGroups::Apart { rows, mem_rows } => vec![dispatch(rows, row_tiles), dispatch(mem_rows, mem_tiles)],
     };
+    if let (Some(rows), Some(infini), Some(read)) = (&args.rows, &args.infini, &kernels.read) {
+        // What is gated is not rounded before: the rows go to where the read finds them.
+        call.output(T::Gated, &rows.o)?;
+        match &args.o_local {
+            Some(local) => call.output(T::O, local)?,
+            None => call.input(T::O, &View::new(&*scratch, local_layout(spec, call.batch(), call.max_rows)))?,
+        }
+        infini_read::name(&mut call, infini)?;
+        dispatches.push(infini_read::dispatch(&mut call, read));
+    }
     enqueue(&call, encoder, &dispatches)
 }
 

@@ -198,7 +198,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     for (var i = 0u; i < 16u; i++) {
         sum += partial[ty * 16u + i];
     }
-    let o_tensor = select(TENSOR_O, MemO, piece.is_memory);
+    let o_tensor = select(O, MemO, piece.is_memory);
+    let out = tensor(o_tensor);
     let lse_tensor = select(Lse, MemLse, piece.is_memory);
     let has_lse = size(select(HasLse, HasMemLse, piece.is_memory)) == 1u;
     for (var i = 0u; i < 4u; i++) {
@@ -216,11 +217,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         if (has_lse && tx == 0u) {
             put_lse(lse_tensor, row_place(tensor(lse_tensor), piece, row + i), end.lse);
         }
-        let at = row_place(tensor(o_tensor), piece, row + i);
+        let at = row_place(out, piece, row + i);
         for (var chunk = 0u; chunk < CHUNKS; chunk++) {
             if (16u * chunk + tx < COLUMNS) {
                 let x = select(vec4(0.0), acc[4u * chunk + i] * end.weight, has_keys[i]);
-                store4(o_tensor, at, 16u * chunk + tx, x);
+                store4(o_tensor, out.dtype, at, 16u * chunk + tx, x);
             }
         }
     }

@@ -62,9 +62,9 @@ words! {
 }
 
 words! {
-    /// The tensors of all ops.
+    /// The tensors of all ops. O is the local attention's output where a compressive memory is read, and Gated is then what the call gives.
     T {
-        Q, O, Lse, MemQ, MemO, MemLse, K, V, MemK, MemV, M, Z, InfiniQ, OLocal, Sink, Beta,
+        Q, O, Lse, MemQ, MemO, MemLse, K, V, MemK, MemV, M, Z, InfiniQ, Gated, Sink, Beta,
     }
 }
 

@@ -17,17 +17,16 @@ const TY: usize = 8;
 const SHADER: Shader = Shader {
     name: "infini_read",
     text: concat!(include_str!("rows.wgsl"), include_str!("infini_read.wgsl")),
-    tensors: &[T::InfiniQ, T::O, T::OLocal, T::M, T::Z],
+    tensors: &[T::InfiniQ, T::Gated, T::O, T::M, T::Z],
 };
 
 pub(crate) fn kernel(gpu: &Gpu, spec: &Spec) -> Result<Kernel> {
     let shape = spec.shape();
     let constants = format!(
-        "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst OUT = {}u;\nconst TY = {TY}u;\nconst BLOCK_M = {}u;\n\
+        "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst TY = {TY}u;\nconst BLOCK_M = {}u;\n\
          const HAS_ROWS = true;\nconst HAS_MEM_ROWS = false;\nconst ROW_TILES = ReadTiles;\n",
         shape.head_dim(),
         code(shape.dtype()),
-        code(spec.out_dtype()),
         4 * TY,
     );
     gpu.kernel(SHADER, &constants)
@@ -63,8 +62,8 @@ pub(crate) fn infini_read(
     let caches = Caches { state_entries: args.state.m.layout.shape[1], ..Caches::NONE };
     let mut call = Call::new(plan, &args.spans, caches)?;
     name(&mut call, &args.state)?;
-    call.input(T::OLocal, &args.o_local)?;
-    call.output(T::O, &args.o)?;
+    call.input(T::O, &args.o_local)?;
+    call.output(T::Gated, &args.o)?;
     let dispatch = dispatch(&mut call, kernel);
     enqueue(&call, encoder, &[dispatch])
 }

@@ -56,6 +56,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let q_tensor = tensor(InfiniQ);
     let m_tensor = tensor(M);
     let z_tensor = tensor(Z);
+    let out = tensor(Gated);
     let entry = (s.state_entry + piece.i) % m_tensor.blocks;
     let m_at = place(m_tensor, s.slot, entry, 0u, piece.kv_head);
     let z_at = place(z_tensor, s.slot, entry, 0u, piece.kv_head);
@@ -140,8 +141,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         // sigmoid(beta) and sigmoid(-beta), neither of them as 1 less the other.
         let e = exp_negative(-abs(beta));
         let gates = select(vec2(e, 1.0), vec2(1.0, e), beta >= 0.0) / (1.0 + e);
-        let local_at = row_place(tensor(OLocal), piece, row + r);
-        let at = row_place(tensor(O), piece, row + r);
+        let local_at = row_place(tensor(O), piece, row + r);
+        let at = row_place(out, piece, row + r);
         for (var chunk = 0u; chunk < CHUNKS; chunk++) {
             let column = 16u * chunk + tx;
             if (column < COLUMNS) {
@@ -150,7 +151,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                 for (var j = 0u; j < min(4u, HEAD_DIM - 4u * column); j++) {
                     x[j] = gates.x * a[j] + gates.y * o_local[local_at + 4u * column + j];
                 }
-                store4(O, at, column, x);
+                store4(Gated, out.dtype, at, column, x);
             }
         }
     }

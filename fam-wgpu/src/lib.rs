@@ -84,7 +84,7 @@ impl Wgpu {
     /// The variant of the kernels, and why it is this one.
     pub fn variant(&self) -> (&'static str, String) {
         let buffers = self.gpu.limits.max_storage_buffers_per_shader_stage;
-        match attend::both_at_once(&self.gpu.limits) {
+        match attend::are_together(&self.gpu.limits) {
             true => ("wide", format!("{buffers} storage buffers a shader: block and memory rows in one dispatch")),
             false => ("baseline", format!("{buffers} storage buffers a shader: block and memory rows in two dispatches")),
         }

@@ -1,6 +1,6 @@
 //! Attention over two disjoint key sets becomes attention over their union (contract section 4). A thread has four channels of a row and head.
 
-use crate::call::{Call, Size, T, code};
+use crate::call::{Call, Size, T};
 use crate::pipeline::{Dispatch, Gpu, Kernel, Shader, enqueue};
 use crate::{Region, WgpuPlan};
 use fam_core::{Merge, Result, Spec};
@@ -12,8 +12,7 @@ const SHADER: Shader = Shader {
 };
 
 pub(crate) fn kernel(gpu: &Gpu, spec: &Spec) -> Result<Kernel> {
-    let constants = format!("const HEAD_DIM = {}u;\nconst OUT = {}u;\n", spec.shape().head_dim(), code(spec.out_dtype()));
-    gpu.kernel(SHADER, &constants)
+    gpu.kernel(SHADER, &format!("const HEAD_DIM = {}u;\n", spec.shape().head_dim()))
 }
 
 /// [`fam_core::Backend::merge`].

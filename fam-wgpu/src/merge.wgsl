@@ -58,20 +58,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if (shares.y > 0.0) {
             x = fma(shares.y, element(b_dtype, o_b[word(b_dtype, b_at + channel)], b_at + channel), x);
         }
-        store(at + channel, x);
+        store(tensor(O).dtype, at + channel, x);
     }
     if (size(HasLse) == 1u && column == 0u) {
         lse[place(tensor(Lse), n, block, row, head)] = joined;
     }
 }
 
-fn store(i: u32, x: f32) {
-    if (OUT == F32) {
+fn store(dtype: u32, i: u32, x: f32) {
+    if (dtype == F32) {
         atomicStore(&o[i], bitcast<u32>(x));
     } else {
         // The other half of the word may be another thread's, or not of this call at all.
         let shift = 16u * (i & 1u);
         atomicAnd(&o[i >> 1u], ~(0xffffu << shift));
-        atomicOr(&o[i >> 1u], narrow(OUT, x) << shift);
+        atomicOr(&o[i >> 1u], narrow(dtype, x) << shift);
     }
 }

@@ -35,19 +35,19 @@ fn load4(which: u32, i: u32, column: u32) -> vec4<f32> {
     return x;
 }
 
-fn store4(which: u32, i: u32, column: u32, x: vec4<f32>) {
+fn store4(which: u32, dtype: u32, i: u32, column: u32, x: vec4<f32>) {
     let first = i + 4u * column;
-    let n = HEAD_DIM - 4u * column;
-    if (OUT == F32) {
-        for (var j = 0u; j < min(n, 4u); j++) {
+    let n = min(4u, HEAD_DIM - 4u * column);
+    if (dtype == F32) {
+        for (var j = 0u; j < n; j++) {
             put(which, first + j, bitcast<u32>(x[j]));
         }
-    } else if (n >= 4u && (first & 1u) == 0u) {
-        put(which, first >> 1u, narrow(OUT, x.x) | (narrow(OUT, x.y) << 16u));
-        put(which, (first >> 1u) + 1u, narrow(OUT, x.z) | (narrow(OUT, x.w) << 16u));
+    } else if (n == 4u && (first & 1u) == 0u) {
+        put(which, first >> 1u, narrow(dtype, x.x) | (narrow(dtype, x.y) << 16u));
+        put(which, (first >> 1u) + 1u, narrow(dtype, x.z) | (narrow(dtype, x.w) << 16u));
     } else {
-        for (var j = 0u; j < min(n, 4u); j++) {
-            put_half(which, first + j, narrow(OUT, x[j]));
+        for (var j = 0u; j < n; j++) {
+            put_half(which, first + j, narrow(dtype, x[j]));
         }
     }
 }
