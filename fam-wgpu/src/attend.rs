@@ -54,14 +54,13 @@ impl Kernels {
         let shape = spec.shape();
         let tile = AttendTile::of(shape, &gpu.limits);
         let kernel = |shader, has_rows, has_mem_rows| {
-            let AttendTile { ty, block_n, q_chunks } = tile;
+            let AttendTile { block_m } = tile;
             let constants = format!(
-                "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst TY = {ty}u;\nconst BLOCK_M = {}u;\nconst BLOCK_N = {block_n}u;\n\
-                 const Q_CHUNKS = {q_chunks}u;\nconst FEW_ROWS = 0u;\nconst ROW_TILES = RowTiles;\n\
+                "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst BLOCK_M = {block_m}u;\n\
+                 const FEW_ROWS = 0u;\nconst ROW_TILES = RowTiles;\n\
                  const HAS_ROWS = {has_rows};\nconst HAS_MEM_ROWS = {has_mem_rows};\n",
                 shape.head_dim(),
                 code(shape.dtype()),
-                tile.block_m(),
             );
             gpu.kernel(shader, &constants)
         };
@@ -116,7 +115,7 @@ pub(crate) fn attend(
     if let Some(sink) = &args.sink {
         call.per_head(T::Sink, sink)?;
     }
-    let tiles = |rows: usize| (rows * shape.group()).div_ceil(kernels.tile.block_m());
+    let tiles = |rows: usize| (rows * shape.group()).div_ceil(kernels.tile.block_m);
     let [mut row_tiles, mut mem_tiles] = [0; 2];
     if let Some(rows) = &args.rows {
         name(&mut call, rows, [T::Q, T::O, T::Lse], Size::HasLse)?;

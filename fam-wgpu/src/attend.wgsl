@@ -1,14 +1,159 @@
 // One joint softmax over window, memory and current block; `attend.rs` says how. A workgroup is BLOCK_M rows of a stream's block and kv head,
-// query heads of a group folded into rows, 16 x TY threads. Thread (tx, ty) owns rows 4 ty .. 4 ty + 4: with keys tx, tx + 16, .. of a tile
-// their logits, with channels 4 tx .. 4 tx + 4 of each 64 their sums. Sizes of the tile come from Rust (`tile.rs`).
+// query heads of a group folded into rows, 8 x 8 threads. Thread (tx, ty) owns four or eight rows from R ty on: with keys tx, tx + 8, tx + 16,
+// tx + 24 of a tile their logits, with channels 4 tx .. and 32 + 4 tx .. of each 64 their sums.
+//
+// What is hot has no loops within: WGSL's guard against endless loops costs a third of the speed there.
 
-const THREADS = 16u * TY;
-const KEYS = BLOCK_N / 16u;           // of a thread, in a tile
+const THREADS = 64u;
+const R = BLOCK_M / 8u;     // rows of a thread
+const FOURS = R / 4u;       // in vectors
+const BLOCK_N = 32u;        // keys in a tile
+const STEP = 8u;            // columns of q and keys at once
 
-var<workgroup> qs: array<vec4<f32>, BLOCK_M * 16u * Q_CHUNKS>; // [row][column], the chunks of a row together
-var<workgroup> kv: array<vec4<f32>, BLOCK_N * 16u>;            // keys [key][column ^ key % 16], so that 16 keys lie in 16 banks; values [key][column]
-var<workgroup> ps: array<vec4<f32>, BLOCK_N * TY>;             // weights [key][four rows]
-var<workgroup> partial: array<vec4<f32>, THREADS>;             // what 16 threads have of four rows
+// Columns of q [row][column] and of keys [key][column ^ key % 8], so that eight keys lie in eight banks; then values [key][column].
+var<workgroup> tile: array<vec4<f32>, max(STEP * (BLOCK_M + BLOCK_N), 16u * BLOCK_N)>;
+var<workgroup> weights: array<vec4<f32>, BLOCK_N * 8u * FOURS>; // [key][four rows]
+var<workgroup> partial: array<vec4<f32>, THREADS * FOURS>;      // what eight threads have of their rows
+
+// Four rows of a thread, side by side in vectors.
+struct Four {
+    first: vec4<i32>,               // the tokens that they see
+    end: vec4<i32>,
+    has_keys: vec4<bool>,
+    row_max: vec4<f32>,
+    row_sum: vec4<f32>,
+    logits: array<vec4<f32>, 4>,    // of four keys
+    sums: array<vec4<f32>, 8u * CHUNKS>, // of each row two vectors of channels in each chunk
+}
+
+fn start(four: ptr<function, Four>, piece: Piece, row: u32) {
+    let a = seen(piece, row);
+    let b = seen(piece, row + 1u);
+    let c = seen(piece, row + 2u);
+    let d = seen(piece, row + 3u);
+    (*four).first = vec4(a.x, b.x, c.x, d.x);
+    (*four).end = vec4(a.y, b.y, c.y, d.y);
+}
+
+// Adds what four columns, at `at` of the tile, add to the logits of four keys.
+fn add_logits(four: ptr<function, Four>, at: u32, k0: vec4<f32>, k1: vec4<f32>, k2: vec4<f32>, k3: vec4<f32>) {
+    let q = mat4x4(tile[at], tile[at + STEP], tile[at + 2u * STEP], tile[at + 3u * STEP]);
+    (*four).logits[0] += k0 * q;
+    (*four).logits[1] += k1 * q;
+    (*four).logits[2] += k2 * q;
+    (*four).logits[3] += k3 * q;
+}
+
+// The keys of a tile and what of them rows see: of tokens each its own, of memory rows all that there are.
+struct Keys {
+    x0: i32,          // position of the first, of a memory row its number
+    in_memory: bool,
+    mem_rows: i32,
+}
+
+fn sees(four: ptr<function, Four>, keys: Keys, key: u32) -> vec4<bool> {
+    let x = vec4(keys.x0 + i32(key));
+    let of_memory = ((*four).first < (*four).end) & (x < vec4(keys.mem_rows));
+    return select((x >= (*four).first) & (x < (*four).end), of_memory, vec4(keys.in_memory));
+}
+
+// The largest logits of the thread's keys.
+fn largest(four: ptr<function, Four>, keys: Keys, tx: u32) -> vec4<f32> {
+    var most = vec4(-3.4028234e38);
+    for (var j = 0u; j < 4u; j++) {
+        most = select(most, max(most, (*four).logits[j]), sees(four, keys, tx + 8u * j));
+    }
+    return most;
+}
+
+// Turns logits into weights, stored from `at` on; returns what sums so far are multiplied by. `most`: the largest logits of the tile.
+fn weigh(four: ptr<function, Four>, keys: Keys, most: vec4<f32>, tx: u32, at: u32) -> vec4<f32> {
+    let unit = bitcast<f32>(size(UnitLog2));
+    let before = (*four).row_max;
+    let had_keys = (*four).has_keys;
+    var end = min((*four).end, vec4(keys.x0 + i32(BLOCK_N)));
+    var first = max((*four).first, vec4(keys.x0));
+    if (keys.in_memory) {
+        first = vec4(0);
+        end = select(vec4(0), vec4(1), (*four).first < (*four).end);
+    }
+    let has = first < end;
+    let row_max = select(before, select(most, max(before, most), had_keys), has);
+    let factor = select(vec4(1.0), exp2_of((before - row_max) * unit), had_keys & has);
+    var sum = (*four).row_sum * factor;
+    for (var j = 0u; j < 4u; j++) {
+        let p = select(vec4(0.0), exp2_of(((*four).logits[j] - row_max) * unit), sees(four, keys, tx + 8u * j));
+        sum += p;
+        weights[at + 64u * FOURS * j] = p;
+        (*four).logits[j] = vec4(0.0);
+    }
+    (*four).row_max = row_max;
+    (*four).row_sum = sum;
+    (*four).has_keys = had_keys | has;
+    return factor;
+}
+
+fn rescale(four: ptr<function, Four>, chunk: u32, factor: vec4<f32>) -> array<vec4<f32>, 8> {
+    var sums: array<vec4<f32>, 8>;
+    for (var i = 0u; i < 4u; i++) {
+        sums[2u * i] = (*four).sums[8u * chunk + 2u * i] * factor[i];
+        sums[2u * i + 1u] = (*four).sums[8u * chunk + 2u * i + 1u] * factor[i];
+    }
+    return sums;
+}
+
+fn add_values(sums: ptr<function, array<vec4<f32>, 8>>, p: vec4<f32>, v0: vec4<f32>, v1: vec4<f32>) {
+    (*sums)[0] += p.x * v0;
+    (*sums)[1] += p.x * v1;
+    (*sums)[2] += p.y * v0;
+    (*sums)[3] += p.y * v1;
+    (*sums)[4] += p.z * v0;
+    (*sums)[5] += p.z * v1;
+    (*sums)[6] += p.w * v0;
+    (*sums)[7] += p.w * v1;
+}
+
+fn keep(four: ptr<function, Four>, chunk: u32, sums: array<vec4<f32>, 8>) {
+    for (var i = 0u; i < 8u; i++) {
+        (*four).sums[8u * chunk + i] = sums[i];
+    }
+}
+
+// Ends four rows, whose sums of weights are `sum`: the sink, lse, outputs.
+fn write(four: ptr<function, Four>, piece: Piece, row: u32, sum: vec4<f32>, tx: u32) {
+    let o_tensor = select(O, MemO, piece.is_memory);
+    let out = tensor(o_tensor);
+    let lse_tensor = select(Lse, MemLse, piece.is_memory);
+    let has_lse = size(select(HasLse, HasMemLse, piece.is_memory)) == 1u;
+    for (var i = 0u; i < 4u; i++) {
+        let r = row + i;
+        if (r >= piece.rows) {
+            break;
+        }
+        let has_keys = (*four).has_keys[i];
+        let most = (*four).row_max[i] * bitcast<f32>(size(Unit));
+        var end = Finished(0.0, 0xff800000u);
+        if (has_keys) {
+            end = finish(most, sum[i]);
+        }
+        if (size(SinkAt) > 0u) {
+            end = join_sink(has_keys, most, sum[i], per_head(size(SinkAt), piece.kv_head * size(Group) + r % size(Group)), end);
+        }
+        if (has_lse && tx == 0u) {
+            put_lse(lse_tensor, row_place(tensor(lse_tensor), piece, r), end.lse);
+        }
+        let at = row_place(out, piece, r);
+        for (var chunk = 0u; chunk < CHUNKS; chunk++) {
+            for (var half = 0u; half < 2u; half++) {
+                let column = 16u * chunk + 8u * half + tx;
+                if (column < COLUMNS) {
+                    let x = (*four).sums[8u * chunk + 2u * i + half] * end.weight;
+                    store4(o_tensor, out.dtype, at, column, select(vec4(0.0), x, has_keys));
+                }
+            }
+        }
+    }
+}
 
 // The positions that a row sees, as a range. Rows beyond the piece see none.
 fn seen(piece: Piece, row: u32) -> vec2<i32> {
@@ -26,7 +171,7 @@ fn seen(piece: Piece, row: u32) -> vec2<i32> {
     return vec2(max(first, piece.oldest), position + 1);
 }
 
-@compute @workgroup_size(16, TY)
+@compute @workgroup_size(8, 8)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
     let piece = find(group_number(workgroup));
     if (piece.first >= piece.rows || (!piece.is_memory && piece.rows <= FEW_ROWS)) {
@@ -35,18 +180,23 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let s = stream(piece.n);
     let tx = local.x;
     let ty = local.y;
-    let thread = ty * 16u + tx;
-    let unit = bitcast<f32>(size(UnitLog2));
+    let thread = ty * 8u + tx;
+    let sign = bitcast<f32>(size(Sign));
+    // Of what the workgroup loads, the thread has column tx of each step, of rows and keys ty, ty + 8, ..
     let q_tensor = select(Q, MemQ, piece.is_memory);
+    var q_at: array<u32, R>;
+    for (var i = 0u; i < R; i++) {
+        q_at[i] = row_place(tensor(q_tensor), piece, min(piece.first + ty + 8u * i, piece.rows - 1u));
+    }
 
-    // What four rows see, what all rows of the piece see, and tiles of it: window | memory | own block, with edges that count from the block.
-    let row = piece.first + 4u * ty;
-    let r0 = seen(piece, row);
-    let r1 = seen(piece, row + 1u);
-    let r2 = seen(piece, row + 2u);
-    let r3 = seen(piece, row + 3u);
-    let token_first = vec4(r0.x, r1.x, r2.x, r3.x);
-    let token_end = vec4(r0.y, r1.y, r2.y, r3.y);
+    let row = piece.first + R * ty;
+    var low: Four;
+    var high: Four;
+    start(&low, piece, row);
+    if (FOURS == 2u) {
+        start(&high, piece, row + 4u);
+    }
+    // What all rows of the piece see, and tiles of it: window | memory | own block, with edges that count from the block.
     let all = vec2(seen(piece, piece.first).x, seen(piece, min(piece.first + BLOCK_M, piece.rows) - 1u).y);
     let n = i32(BLOCK_N);
     let window_tiles = (max(-all.x, 0) + n - 1) / n;
@@ -54,202 +204,130 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let first_own = max(all.x, 0) / n;
     let tiles = window_tiles + memory_tiles + max((all.y + n - 1) / n - first_own, 0);
 
-    let sign = bitcast<f32>(size(Sign));
-    if (Q_CHUNKS == CHUNKS) {
-        for (var at = thread; at < BLOCK_M * COLUMNS; at += THREADS) {
-            let r = at / COLUMNS;
-            let column = at % COLUMNS;
-            var x = vec4(0.0);
-            if (piece.first + r < piece.rows) {
-                x = sign * load4(q_tensor, row_place(tensor(q_tensor), piece, piece.first + r), column);
-            }
-            qs[r * 16u * Q_CHUNKS + column] = x;
-        }
-    }
-
-    var row_max = vec4(0.0);
-    var row_sum = vec4(0.0);
-    var has_keys = vec4(false);
-    var acc: array<vec4<f32>, 4u * CHUNKS>;
-
     for (var t = 0; t < tiles; t++) {
         let in_memory = t >= window_tiles && t < window_tiles + memory_tiles;
-        var x0 = (t - window_tiles) * n;
+        var keys = Keys((t - window_tiles) * n, in_memory, i32(s.mem_rows));
         if (t >= window_tiles + memory_tiles) {
-            x0 = (first_own + t - window_tiles - memory_tiles) * n;
+            keys.x0 = (first_own + t - window_tiles - memory_tiles) * n;
         }
-        var first = token_first;
-        var end = token_end;
-        var load = all;
-        if (in_memory) {
-            let is_row = token_first < token_end;
-            first = vec4(0);
-            end = select(vec4(0), vec4(i32(s.mem_rows)), vec4(row, row + 1u, row + 2u, row + 3u) < vec4(piece.rows));
-            load = vec2(0, i32(s.mem_rows));
-        } else if (t < window_tiles) {
-            // Keys of the own block have tiles of their own.
-            end = min(token_end, vec4(max(0, x0 + n)));
-        }
+        let load = select(all, vec2(0, keys.mem_rows), in_memory);
         let k_tensor = select(K, MemK, in_memory);
-
-        // Logits.
-        var logits: array<vec4<f32>, KEYS>;
-        for (var j = 0u; j < KEYS; j++) {
-            logits[j] = vec4(0.0);
-        }
-        for (var chunk = 0u; chunk < CHUNKS; chunk++) {
-            let columns = min(16u, COLUMNS - 16u * chunk);
-            workgroupBarrier();
-            if (Q_CHUNKS < CHUNKS) {
-                for (var at = thread; at < BLOCK_M * columns; at += THREADS) {
-                    let r = at / columns;
-                    let column = at % columns;
-                    var x = vec4(0.0);
-                    if (piece.first + r < piece.rows) {
-                        x = sign * load4(q_tensor, row_place(tensor(q_tensor), piece, piece.first + r), 16u * chunk + column);
-                    }
-                    qs[r * 16u + column] = x;
-                }
-            }
-            load_keys(k_tensor, piece, s, x0, load, chunk, columns, thread, true);
-            workgroupBarrier();
-            let q_at = 4u * ty * 16u * Q_CHUNKS + select(0u, 16u * chunk, Q_CHUNKS == CHUNKS);
-            for (var c = 0u; c < columns; c++) {
-                let q0 = qs[q_at + c];
-                let q1 = qs[q_at + 16u * Q_CHUNKS + c];
-                let q2 = qs[q_at + 32u * Q_CHUNKS + c];
-                let q3 = qs[q_at + 48u * Q_CHUNKS + c];
-                for (var j = 0u; j < KEYS; j++) {
-                    let key = kv[(tx + 16u * j) * 16u + (c ^ tx)];
-                    logits[j] += vec4(dot(q0, key), dot(q1, key), dot(q2, key), dot(q3, key));
-                }
-            }
+        let k_place = tensor(k_tensor);
+        let v_place = tensor(k_tensor + 1u);
+        let entry = select(0u, (s.mem_entry + piece.i) % k_place.blocks, in_memory);
+        let k_first = place(k_place, s.slot, entry, 0u, piece.kv_head);
+        let v_first = place(v_place, s.slot, entry, 0u, piece.kv_head);
+        var key_row: array<u32, 4>;
+        var is_loaded: array<bool, 4>;
+        for (var j = 0u; j < 4u; j++) {
+            let x = keys.x0 + i32(ty + 8u * j);
+            is_loaded[j] = x >= load.x && x < load.y;
+            key_row[j] = cache_row(piece, s, x, in_memory);
         }
 
-        // Maxima, over the keys that a row sees.
-        var most = vec4(-3.4028234e38);
-        for (var j = 0u; j < KEYS; j++) {
-            let x = vec4(x0 + i32(tx + 16u * j));
-            most = select(most, max(most, logits[j]), (x >= first) & (x < end));
+        for (var column = 0u; column < COLUMNS; column += STEP) {
+            workgroupBarrier();
+            let own = column + tx;
+            for (var i = 0u; i < R; i++) {
+                tile[STEP * (ty + 8u * i) + tx] = sign * load4(q_tensor, q_at[i], own, own < COLUMNS);
+            }
+            for (var j = 0u; j < 4u; j++) {
+                let x = load4(k_tensor, k_first + key_row[j] * k_place.row, own, is_loaded[j] && own < COLUMNS);
+                tile[STEP * (BLOCK_M + ty + 8u * j) + (tx ^ ty)] = x;
+            }
+            workgroupBarrier();
+            for (var c = 0u; c < STEP; c++) {
+                let at = STEP * (BLOCK_M + tx) + (c ^ tx);
+                let k0 = tile[at];
+                let k1 = tile[at + 8u * STEP];
+                let k2 = tile[at + 16u * STEP];
+                let k3 = tile[at + 24u * STEP];
+                add_logits(&low, STEP * R * ty + c, k0, k1, k2, k3);
+                if (FOURS == 2u) {
+                    add_logits(&high, STEP * (R * ty + 4u) + c, k0, k1, k2, k3);
+                }
+            }
         }
-        partial[thread] = most;
+
+        partial[thread * FOURS] = largest(&low, keys, tx);
+        if (FOURS == 2u) {
+            partial[thread * FOURS + 1u] = largest(&high, keys, tx);
+        }
         workgroupBarrier();
-        for (var i = 0u; i < 16u; i++) {
-            most = max(most, partial[ty * 16u + i]);
+        var most_low = partial[ty * 8u * FOURS];
+        var most_high = partial[ty * 8u * FOURS + FOURS - 1u];
+        for (var i = 1u; i < 8u; i++) {
+            most_low = max(most_low, partial[(ty * 8u + i) * FOURS]);
+            most_high = max(most_high, partial[(ty * 8u + i) * FOURS + FOURS - 1u]);
         }
-        let sees = (max(first, vec4(x0)) < min(end, vec4(x0 + n)));
-        let before = row_max;
-        row_max = select(row_max, select(most, max(row_max, most), has_keys), sees);
-        let rescale = (before - row_max) * unit;
-        let factor = select(
-            vec4(1.0),
-            vec4(exp2_negative(rescale.x), exp2_negative(rescale.y), exp2_negative(rescale.z), exp2_negative(rescale.w)),
-            has_keys & sees,
-        );
-        has_keys = has_keys | sees;
-        row_sum *= factor;
-        for (var j = 0u; j < KEYS; j++) {
-            let x = vec4(x0 + i32(tx + 16u * j));
-            let e = (logits[j] - row_max) * unit;
-            let p = select(
-                vec4(0.0),
-                vec4(exp2_negative(e.x), exp2_negative(e.y), exp2_negative(e.z), exp2_negative(e.w)),
-                (x >= first) & (x < end),
-            );
-            row_sum += p;
-            ps[(tx + 16u * j) * TY + ty] = p;
+        let factor_low = weigh(&low, keys, most_low, tx, (tx * 8u + ty) * FOURS);
+        var factor_high = vec4(1.0);
+        if (FOURS == 2u) {
+            factor_high = weigh(&high, keys, most_high, tx, (tx * 8u + ty) * FOURS + 1u);
         }
 
-        // Values.
-        let keys = u32(clamp(load.y - x0, 0, n));
+        let count = u32(clamp(load.y - keys.x0, 0, n));
         for (var chunk = 0u; chunk < CHUNKS; chunk++) {
-            let columns = min(16u, COLUMNS - 16u * chunk);
             if (chunk > 0u) {
                 workgroupBarrier();
             }
-            load_keys(k_tensor + 1u, piece, s, x0, load, chunk, columns, thread, false);
-            workgroupBarrier();
-            var a0 = acc[4u * chunk] * factor.x;
-            var a1 = acc[4u * chunk + 1u] * factor.y;
-            var a2 = acc[4u * chunk + 2u] * factor.z;
-            var a3 = acc[4u * chunk + 3u] * factor.w;
-            if (tx < columns) {
-                for (var key = 0u; key < keys; key++) {
-                    let p = ps[key * TY + ty];
-                    let v = kv[key * 16u + tx];
-                    a0 += p.x * v;
-                    a1 += p.y * v;
-                    a2 += p.z * v;
-                    a3 += p.w * v;
+            for (var j = 0u; j < 4u; j++) {
+                for (var half = 0u; half < 2u; half++) {
+                    let own = 16u * chunk + 8u * half + tx;
+                    let x = load4(k_tensor + 1u, v_first + key_row[j] * v_place.row, own, is_loaded[j] && own < COLUMNS);
+                    tile[16u * (ty + 8u * j) + 8u * half + tx] = x;
                 }
             }
-            acc[4u * chunk] = a0;
-            acc[4u * chunk + 1u] = a1;
-            acc[4u * chunk + 2u] = a2;
-            acc[4u * chunk + 3u] = a3;
+            workgroupBarrier();
+            var sums_low = rescale(&low, chunk, factor_low);
+            var sums_high = rescale(&high, chunk, factor_high);
+            for (var key = 0u; key < count; key++) {
+                let v0 = tile[key * 16u + tx];
+                let v1 = tile[key * 16u + 8u + tx];
+                let at = (key * 8u + ty) * FOURS;
+                add_values(&sums_low, weights[at], v0, v1);
+                if (FOURS == 2u) {
+                    add_values(&sums_high, weights[at + 1u], v0, v1);
+                }
+            }
+            keep(&low, chunk, sums_low);
+            keep(&high, chunk, sums_high);
         }
     }
 
-    // The rows' ends: sums of 16 threads in their order, the sink, lse.
+    // Sums of eight threads in their order.
     workgroupBarrier();
-    partial[thread] = row_sum;
-    workgroupBarrier();
-    var sum = vec4(0.0);
-    for (var i = 0u; i < 16u; i++) {
-        sum += partial[ty * 16u + i];
+    partial[thread * FOURS] = low.row_sum;
+    if (FOURS == 2u) {
+        partial[thread * FOURS + 1u] = high.row_sum;
     }
-    let o_tensor = select(O, MemO, piece.is_memory);
-    let out = tensor(o_tensor);
-    let lse_tensor = select(Lse, MemLse, piece.is_memory);
-    let has_lse = size(select(HasLse, HasMemLse, piece.is_memory)) == 1u;
-    for (var i = 0u; i < 4u; i++) {
-        if (row + i >= piece.rows) {
-            break;
-        }
-        var end = Finished(0.0, 0xff800000u);
-        if (has_keys[i]) {
-            end = finish(row_max[i] * bitcast<f32>(size(Unit)), sum[i]);
-        }
-        if (size(SinkAt) > 0u) {
-            let sink = per_head(size(SinkAt), piece.kv_head * size(Group) + (row + i) % size(Group));
-            end = join_sink(has_keys[i], row_max[i] * bitcast<f32>(size(Unit)), sum[i], sink, end);
-        }
-        if (has_lse && tx == 0u) {
-            put_lse(lse_tensor, row_place(tensor(lse_tensor), piece, row + i), end.lse);
-        }
-        let at = row_place(out, piece, row + i);
-        for (var chunk = 0u; chunk < CHUNKS; chunk++) {
-            if (16u * chunk + tx < COLUMNS) {
-                let x = select(vec4(0.0), acc[4u * chunk + i] * end.weight, has_keys[i]);
-                store4(o_tensor, out.dtype, at, 16u * chunk + tx, x);
-            }
-        }
+    workgroupBarrier();
+    var sum_low = vec4(0.0);
+    var sum_high = vec4(0.0);
+    for (var i = 0u; i < 8u; i++) {
+        sum_low += partial[(ty * 8u + i) * FOURS];
+        sum_high += partial[(ty * 8u + i) * FOURS + FOURS - 1u];
+    }
+    write(&low, piece, row, sum_low, tx);
+    if (FOURS == 2u) {
+        write(&high, piece, row + 4u, sum_high, tx);
     }
 }
 
-// `columns` vectors of channels of the tile's keys, or of their values, from the first of a chunk on. What no row of the piece sees is 0.
-fn load_keys(which: u32, piece: Piece, s: Stream, x0: i32, seen: vec2<i32>, chunk: u32, columns: u32, thread: u32, swizzle: bool) {
-    let t = tensor(which);
-    for (var at = thread; at < BLOCK_N * columns; at += THREADS) {
-        let key = at / columns;
-        let column = at % columns;
-        let x = x0 + i32(key);
-        var value = vec4(0.0);
-        if (x >= seen.x && x < seen.y) {
-            var first: u32;
-            if (which >= MemK) {
-                first = place(t, s.slot, (s.mem_entry + piece.i) % t.blocks, u32(x), piece.kv_head);
-            } else {
-                var cache_row = s.first_row + bitcast<u32>(piece.base + x);
-                if (size(IsRing) == 1u) {
-                    cache_row = (cache_row + size(RingRows)) % size(RingRows);
-                }
-                first = place(t, s.slot, 0u, cache_row, piece.kv_head);
-            }
-            value = load4(which, first, 16u * chunk + column);
-        }
-        kv[key * 16u + select(column, column ^ (key & 15u), swizzle)] = value;
+fn exp2_of(x: vec4<f32>) -> vec4<f32> {
+    return vec4(exp2_negative(x.x), exp2_negative(x.y), exp2_negative(x.z), exp2_negative(x.w));
+}
+
+// Row of its cache, or memory, in which the key at position x of the block lies.
+fn cache_row(piece: Piece, s: Stream, x: i32, in_memory: bool) -> u32 {
+    if (in_memory) {
+        return u32(x);
     }
+    let row = s.first_row + bitcast<u32>(piece.base + x);
+    if (size(IsRing) == 1u) {
+        return (row + size(RingRows)) % size(RingRows);
+    }
+    return row;
 }
 
 // What a row's sums are multiplied by, and the bits of its lse.

@@ -168,7 +168,8 @@ impl Backend for Wgpu {
         let (block, blocks) = Pool::size(block_words(spec), gpu.limits.min_storage_buffer_offset_alignment.into());
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
         let buffer = gpu.buffer("fam: calls", block * blocks, usage)?;
-        let gather = Shader { name: "call", text: include_str!("call.wgsl"), tensors: &[call::T::Q, call::T::Sink, call::T::Beta] };
+        let gather =
+            Shader { name: "call", text: include_str!("call.wgsl"), tensors: &[call::T::Q, call::T::Sink, call::T::Beta] };
         Ok(WgpuPlan {
             call_read: gpu.call_group(&buffer, block, true),
             call_write: gpu.call_group(&buffer, block, false),

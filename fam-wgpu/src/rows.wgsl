@@ -17,18 +17,22 @@ struct Piece {
     end: i32,         // one past the last key that a memory row sees
 }
 
-fn load4(which: u32, i: u32, column: u32) -> vec4<f32> {
+// Four channels of a row that begins at element i; 0 where it is not there, and beyond the head's width.
+fn load4(which: u32, i: u32, column: u32, is_there: bool) -> vec4<f32> {
+    var x = vec4(0.0);
+    if (!is_there) {
+        return x;
+    }
     let first = i + 4u * column;
     let n = HEAD_DIM - 4u * column;
     if (DTYPE == F32) {
-        if (n >= 4u) {
+        if (HEAD_DIM % 4u == 0u || n >= 4u) {
             return bitcast<vec4<f32>>(vec4(fetch(which, first), fetch(which, first + 1u), fetch(which, first + 2u), fetch(which, first + 3u)));
         }
-    } else if (n >= 4u && (first & 1u) == 0u) {
+    } else if ((HEAD_DIM % 4u == 0u || n >= 4u) && (first & 1u) == 0u) {
         let w = vec2(fetch(which, first >> 1u), fetch(which, (first >> 1u) + 1u));
         return vec4(half(DTYPE, w.x, 0u), half(DTYPE, w.x, 1u), half(DTYPE, w.y, 0u), half(DTYPE, w.y, 1u));
     }
-    var x = vec4(0.0);
     for (var j = 0u; j < min(n, 4u); j++) {
         x[j] = element(DTYPE, fetch(which, word(DTYPE, first + j)), first + j);
     }

@@ -5,42 +5,27 @@ use fam_core::Shape;
 /// Channels of the widest head that there are kernels for.
 pub(crate) const MAX_HEAD_DIM: usize = 256;
 
-/// Channels in a chunk of the shaders: sixteen threads with four each.
-const CHUNK: usize = 64;
-
-/// The tile of `attend`: 16 × `ty` threads with four rows and `block_n` / 16 keys each.
+/// The tile of `attend`: 8 × 8 threads, each with four or eight of its rows and four of [`BLOCK_N`] keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct AttendTile {
-    pub ty: usize,
-    /// Keys in a tile.
-    pub block_n: usize,
-    /// Chunks of q that stay in workgroup memory: all of a head's, or one, which is then loaded again for each tile of keys.
-    pub q_chunks: usize,
+    /// Rows: 64, or 32.
+    pub block_m: usize,
 }
 
 impl AttendTile {
-    /// The first that fits.
+    /// 64 rows where their sums fit into registers, of heads of up to 128 channels, and the tile into workgroup memory. The least that WebGPU
+    /// guarantees, 16 KiB, holds 32.
     pub fn of(shape: &Shape, limits: &wgpu::Limits) -> Self {
-        let chunks = shape.head_dim().div_ceil(CHUNK);
-        let tile = |ty, block_n, q_chunks| AttendTile { ty, block_n, q_chunks };
-        let choices = [tile(16, 32, chunks), tile(16, 16, chunks), tile(8, 32, chunks), tile(8, 16, chunks), tile(8, 32, 1)];
-        let fits = |tile: &AttendTile| {
-            tile.bytes() <= limits.max_compute_workgroup_storage_size as usize
-                && 16 * tile.ty <= limits.max_compute_invocations_per_workgroup as usize
-        };
-        // The least that WebGPU guarantees, 16 KiB and 256 threads, holds the last.
-        choices.into_iter().find(fits).unwrap_or(tile(8, 16, 1))
+        let (wide, narrow) = (AttendTile { block_m: 64 }, AttendTile { block_m: 32 });
+        let fits = wide.bytes() <= limits.max_compute_workgroup_storage_size as usize;
+        if fits && shape.head_dim() <= 128 { wide } else { narrow }
     }
 
-    /// Rows in a tile.
-    pub fn block_m(self) -> usize {
-        4 * self.ty
-    }
-
+    /// Workgroup memory: eight columns of q and of keys, or sixteen of values; weights; partial results.
     fn bytes(self) -> usize {
-        16 * (self.block_m() * 16 * self.q_chunks + self.block_n * 16 + self.block_n * self.ty + 16 * self.ty)
+        16 * ((8 * (self.block_m + BLOCK_N)).max(16 * BLOCK_N) + BLOCK_N * self.block_m / 4 + 2 * self.block_m)
     }
 }
 
-/// Keys that are added up before the running maximum is looked at again, on any device at least.
-pub const BLOCK_N: usize = 16;
+/// Keys in a tile: they are added up before the running maximum is looked at again.
+pub const BLOCK_N: usize = 32;
