@@ -47,13 +47,14 @@ impl Adapter {
         self.adapter.limits()
     }
 
-    /// A device of one's own, with all limits that the adapter has, or with `limits`, and a backend on it that notices its loss.
+    /// A device of one's own with all that the adapter has and shaders use, or with `limits` and no more, and a backend on it that notices its loss.
     ///
     /// # Errors
     /// [`Error::BackendUnavailable`] where the driver gives none.
     pub async fn open(&self, limits: Option<wgpu::Limits>) -> Result<Wgpu> {
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("fam"),
+            required_features: if limits.is_some() { wgpu::Features::empty() } else { self.adapter.features() & wgpu::Features::SHADER_F16 },
             required_limits: limits.unwrap_or_else(|| self.adapter.limits()),
             ..Default::default()
         };

@@ -83,11 +83,17 @@ impl Wgpu {
 
     /// The variant of the kernels, and why it is this one.
     pub fn variant(&self) -> (&'static str, String) {
-        let buffers = self.gpu.limits.max_storage_buffers_per_shader_stage;
-        match attend::are_together(&self.gpu.limits) {
-            true => ("wide", format!("{buffers} storage buffers a shader: block and memory rows in one dispatch")),
-            false => ("baseline", format!("{buffers} storage buffers a shader: block and memory rows in two dispatches")),
-        }
+        let (gpu, together) = (&self.gpu, attend::are_together(&self.gpu.limits));
+        let name = match (together, gpu.has_f16) {
+            (true, true) => "wide-f16",
+            (true, false) => "wide",
+            (false, true) => "baseline-f16",
+            (false, false) => "baseline",
+        };
+        let buffers = gpu.limits.max_storage_buffers_per_shader_stage;
+        let dispatches = if together { "one dispatch" } else { "two dispatches" };
+        let f16 = if gpu.has_f16 { "f16 by the device's conversion" } else { "f16 by its bits" };
+        (name, format!("{buffers} storage buffers a shader, so block and memory rows in {dispatches}; {f16}"))
     }
 }
 

@@ -21,6 +21,8 @@ pub(crate) struct Gpu {
     pub device: wgpu::Device,
     pub queue: wgpu::Queue,
     pub limits: wgpu::Limits,
+    /// Whether shaders have a type f16.
+    pub has_f16: bool,
     /// Whether shaders may leave out checks of their indices and loops: [`crate::Wgpu::unchecked`].
     pub unchecked: bool,
     /// Why the device was lost.
@@ -98,6 +100,7 @@ impl Gpu {
             device: device.clone(),
             queue: queue.clone(),
             limits: device.limits(),
+            has_f16: device.features().contains(wgpu::Features::SHADER_F16),
             unchecked,
             lost: Arc::default(),
             kernels: Mutex::default(),
@@ -145,7 +148,7 @@ impl Gpu {
     /// [`Error::BackendUnavailable`] where the device's compiler refuses it.
     pub fn kernel(&self, shader: Shader, constants: &str) -> Result<Kernel> {
         self.check()?;
-        let text = source(&self.limits, shader, constants);
+        let text = source(&self.limits, self.has_f16, shader, constants);
         if let Some(kernel) = lock(&self.kernels).get(&text) {
             return Ok(kernel.clone());
         }
@@ -234,10 +237,11 @@ impl Gpu {
 }
 
 /// The whole text of a shader: constants, what all share, and its own.
-pub(crate) fn source(limits: &wgpu::Limits, shader: Shader, constants: &str) -> String {
+pub(crate) fn source(limits: &wgpu::Limits, has_f16: bool, shader: Shader, constants: &str) -> String {
+    let f16 = if has_f16 { include_str!("f16_native.wgsl") } else { include_str!("f16_bits.wgsl") };
     let access = if shader.name == "call" { "read_write" } else { "read" };
     format!(
-        "@group(0) @binding(0) var<storage, {access}> call: array<u32>;\nconst MAX_GROUPS = {}u;\n{constants}{}{}{}\n{}",
+        "@group(0) @binding(0) var<storage, {access}> call: array<u32>;\nconst MAX_GROUPS = {}u;\n{constants}{}{}{}\n{f16}\n{}",
         limits.max_compute_workgroups_per_dimension,
         Size::wgsl(),
         T::wgsl(),
