@@ -1,6 +1,7 @@
 //! From a backend's name to code that is generic over backends: the one place where the choice is matched.
 
 use crate::Failure;
+use crate::perf::Probe;
 use fam::cpu::{Cpu, Par, Pool};
 use fam::wgpu::Wgpu;
 use fam::{BackendName, Device, Dtype, Result, Selected};
@@ -17,12 +18,20 @@ pub struct Options {
     pub threads: Option<u16>,
 }
 
+/// A backend on this machine: what the program asks of it beside running tests.
+pub trait Machine: Harness {
+    /// The processor or device.
+    fn machine(&self) -> String;
+    /// What it can do at most, on `threads` threads where that is the CPU.
+    fn probe(&self, threads: usize) -> Result<Probe>;
+}
+
 /// Work that runs on any backend.
 pub trait Job {
     /// What it gives.
     type Output;
     /// Runs on the chosen backend; `reason` says why it was chosen.
-    fn run<H: Harness + Sync>(self, h: &H, reason: &str) -> std::result::Result<Self::Output, Failure>
+    fn run<H: Machine + Sync>(self, h: &H, reason: &str) -> std::result::Result<Self::Output, Failure>
     where
         H::Backend: Clone;
 }
@@ -69,6 +78,16 @@ impl Harness for CpuHarness {
     }
 }
 
+impl Machine for CpuHarness {
+    fn machine(&self) -> String {
+        crate::environment::cpu_model()
+    }
+
+    fn probe(&self, threads: usize) -> Result<Probe> {
+        Ok(Probe::cpu(self.cpu.isa(), threads))
+    }
+}
+
 /// A device of wgpu.
 struct WgpuHarness {
     wgpu: Wgpu,
@@ -89,5 +108,15 @@ impl Harness for WgpuHarness {
 
     fn limits(&self) -> Limits {
         Limits::default().key_tile(fam::wgpu::BLOCK_N).flushes(&Dtype::ALL).nan(NanReach::Unspecified)
+    }
+}
+
+impl Machine for WgpuHarness {
+    fn machine(&self) -> String {
+        self.wgpu.device().adapter_info().name
+    }
+
+    fn probe(&self, _threads: usize) -> Result<Probe> {
+        Ok(Probe::Wgpu(self.wgpu.clone()))
     }
 }

@@ -1,10 +1,10 @@
 //! `fam run --tokens N`: the case's whole blocks as one endless stream.
 
-use crate::backend::Job;
+use crate::backend::{Job, Machine};
 use crate::report::Report;
 use crate::run::grouped;
 use crate::{Failure, Outcome};
-use fam_testkit::{CaseFile, Harness, endless};
+use fam_testkit::{CaseFile, endless};
 use serde_json::json;
 use std::time::Instant;
 
@@ -23,7 +23,7 @@ pub struct Endless<'a> {
 impl Job for Endless<'_> {
     type Output = Outcome;
 
-    fn run<H: Harness + Sync>(self, h: &H, reason: &str) -> Result<Outcome, Failure>
+    fn run<H: Machine + Sync>(self, h: &H, reason: &str) -> Result<Outcome, Failure>
     where
         H::Backend: Clone,
     {

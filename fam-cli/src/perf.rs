@@ -8,16 +8,16 @@ mod driver;
 mod roof;
 mod serve;
 
-use crate::backend::{self, Job};
+use crate::backend::{self, Job, Machine};
 use crate::report::Report;
 use crate::{Failure, Outcome};
 use case::{CASES, PerfCase, Work};
 use driver::{Prepared, prepare};
-use fam::cpu::Isa;
 use fam::{Backend, Dtype};
-use fam_testkit::{Harness, Tally};
+use fam_testkit::Tally;
 use indicatif::ProgressBar;
-use roof::{Probe, Rates};
+pub use roof::Probe;
+use roof::Rates;
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -86,26 +86,26 @@ struct Measure<'a> {
 impl Job for Measure<'_> {
     type Output = Outcome;
 
-    fn run<H: Harness + Sync>(self, h: &H, reason: &str) -> Result<Outcome, Failure>
+    fn run<H: Machine + Sync>(self, h: &H, reason: &str) -> Result<Outcome, Failure>
     where
         H::Backend: Clone,
     {
         let Measure { args, report, chosen } = self;
         let threads = args.backend.threads.map_or_else(crate::environment::threads, usize::from);
-        let (isa, cpu) = (Isa::detect()?, crate::environment::cpu_model());
-        let probe = Probe::new(isa, threads);
+        let (probe, machine) = (h.probe(threads)?, h.machine());
         if let Some(folder) = &args.serve {
             return serve::serve(h, &chosen, &probe, threads, folder, report);
         }
-        let Rates { flops, bf16_flops, exps, bytes } = probe.measure();
-        report.line(format!("backend  {} ({reason}) on {cpu}, threads: {threads}", h.backend().name()))?;
+        let Rates { flops, bf16_flops, exps, bytes } = probe.measure()?;
+        report.line(format!("backend  {} ({reason}) on {machine}, threads: {threads}", h.backend().name()))?;
         report.line(format!(
-            "roof     {:.1} GFLOP/s multiply and add, {:.1} of bf16, {:.2} G exponentials/s, {:.1} GB/s read: what the level\n         \
-             {isa} reaches, that of the kernels. Measured again beside every case.",
+            "roof     {:.1} GFLOP/s multiply and add, {:.1} of bf16, {:.2} G exponentials/s, {:.1} GB/s of memory:\n         \
+             {}. Measured again beside every case.",
             flops / 1e9,
             bf16_flops / 1e9,
             exps / 1e9,
-            bytes / 1e9
+            bytes / 1e9,
+            probe.subject()
         ))?;
         for (i, (case, _)) in chosen.iter().enumerate() {
             if i == 0 || chosen[i - 1].0.name != case.name {
@@ -159,7 +159,7 @@ impl Round {
 fn time(prepared: &mut dyn Prepared, probe: &Probe, seconds: f64) -> fam::Result<Vec<Round>> {
     let part = Duration::from_secs_f64(seconds) / ROUNDS;
     let round = |_| {
-        let mut round = Round { rates: probe.measure(), samples: Vec::new() };
+        let mut round = Round { rates: probe.measure()?, samples: Vec::new() };
         // The probe has emptied the caches.
         prepared.sample()?;
         let first = Instant::now();

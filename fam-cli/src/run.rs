@@ -1,6 +1,6 @@
 //! `fam run`: real activations, or a case file, through the kernels in three ways, checked.
 
-use crate::backend::{self, Job};
+use crate::backend::{self, Job, Machine};
 use crate::replace::Replacement;
 use crate::report::Report;
 use crate::{Failure, Outcome, endless};
@@ -130,7 +130,7 @@ struct Replays<'a> {
 impl Job for Replays<'_> {
     type Output = Outcome;
 
-    fn run<H: Harness + Sync>(self, h: &H, reason: &str) -> Result<Outcome, Failure>
+    fn run<H: Machine + Sync>(self, h: &H, reason: &str) -> Result<Outcome, Failure>
     where
         H::Backend: Clone,
     {

@@ -4,7 +4,7 @@ mod check;
 mod isolate;
 mod tally;
 
-use crate::backend::{self, Job};
+use crate::backend::{self, Job, Machine};
 use crate::report::Report;
 use crate::{Failure, Outcome};
 pub use check::seed;
@@ -155,7 +155,7 @@ struct Suite<'a> {
 impl Job for Suite<'_> {
     type Output = Outcome;
 
-    fn run<H: Harness + Sync>(self, h: &H, reason: &str) -> Result<Outcome, Failure>
+    fn run<H: Machine + Sync>(self, h: &H, reason: &str) -> Result<Outcome, Failure>
     where
         H::Backend: Clone,
     {

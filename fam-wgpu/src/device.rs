@@ -54,7 +54,11 @@ impl Adapter {
     pub async fn open(&self, limits: Option<wgpu::Limits>) -> Result<Wgpu> {
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("fam"),
-            required_features: if limits.is_some() { wgpu::Features::empty() } else { self.adapter.features() & wgpu::Features::SHADER_F16 },
+            required_features: if limits.is_some() {
+                wgpu::Features::empty()
+            } else {
+                self.adapter.features() & wgpu::Features::SHADER_F16
+            },
             required_limits: limits.unwrap_or_else(|| self.adapter.limits()),
             ..Default::default()
         };

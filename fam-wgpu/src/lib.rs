@@ -21,6 +21,8 @@ mod infini_write;
 mod merge;
 #[allow(unsafe_code, reason = "unchecked shader modules, where they are asked for")]
 mod pipeline;
+#[cfg(feature = "probe")]
+mod probe;
 mod region;
 mod tile;
 

@@ -58,7 +58,7 @@ where
     for line in std::io::stdin().lines() {
         let line = line.map_err(|e| format!("standard input: {e}"))?;
         if line == "roof" {
-            report.record("roof", json!({ "threads": threads, "rates": probe.measure() }))?;
+            report.record("roof", json!({ "threads": threads, "rates": probe.measure()? }))?;
             continue;
         }
         let asked = all.iter_mut().find(|(case, dtype, _)| line == format!("{case} {dtype}"));
