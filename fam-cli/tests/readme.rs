@@ -16,13 +16,13 @@ fn fam(args: &[&str]) -> String {
     String::from_utf8(out.stdout).expect("UTF-8")
 }
 
-/// Numbers, and the name of the processor, differ between machines.
+/// Numbers, the name of the processor and what a machine lacks differ between machines.
 fn masked(text: &str) -> String {
     let mut out = String::new();
     for line in text.lines() {
         let line = match line.find("cpu   ") {
             Some(_) => "cpu   …",
-            None => line.trim_end(),
+            None => line.split_once(" (auto: ").map_or(line, |(backend, _)| backend).trim_end(),
         };
         let mut in_number = false;
         for c in line.chars() {
