@@ -150,6 +150,8 @@ impl Backend for Wgpu {
         if !matches!(shape.window(), Window::Blocks(_) | Window::Tokens(_)) {
             return Err(Error::unsupported("window", format!("{:?}", shape.window()), "blocks, tokens"));
         }
+        // Positions within a call are 32 bits with a sign.
+        limit("tokens of the blocks in a call", spec.blocks() as u64 * shape.block_len() as u64, 1 << 30)?;
         if let Some(op) = spec.ops().iter().find(|op| !Op::FORWARD.contains(op)) {
             return Err(Error::no_kernel(*op, dtype, "wgpu"));
         }
