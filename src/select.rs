@@ -144,7 +144,10 @@ fn open(name: BackendName) -> Result<Selected> {
         #[cfg(feature = "wgpu")]
         BackendName::Wgpu => {
             let adapters = pollster::block_on(fam_wgpu::adapters());
-            let none = || Error::BackendUnavailable { backend: "wgpu", reason: "no adapter found: is a driver for Vulkan, Metal or DX12 there?".into() };
+            let none = || Error::BackendUnavailable {
+                backend: "wgpu",
+                reason: "no adapter found: is a driver for Vulkan, Metal or DX12 there?".into(),
+            };
             let adapter = adapters.first().ok_or_else(none)?;
             Ok(Selected::Wgpu(pollster::block_on(adapter.open(None))?))
         }

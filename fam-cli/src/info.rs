@@ -66,7 +66,10 @@ fn describe(selected: &Selected) -> String {
         Selected::Wgpu(wgpu) => {
             let (info, (variant, reason)) = (wgpu.device().adapter_info(), wgpu.variant());
             let kind = if wgpu.is_software() { "software" } else { "GPU" };
-            format!("{} ({kind}; {:?}, {} {}), variant {variant}: {reason}", info.name, info.backend, info.driver, info.driver_info)
+            format!(
+                "{} ({kind}; {:?}, {} {}), variant {variant}: {reason}",
+                info.name, info.backend, info.driver, info.driver_info
+            )
         }
         _ => String::new(),
     }

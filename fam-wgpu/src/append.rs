@@ -50,11 +50,8 @@ pub(crate) fn append(
 ) -> Result<()> {
     args.validate(plan, scratch)?;
     let Some(kernels) = &plan.append else { return Ok(()) };
-    let caches = Caches {
-        mem_entries: args.mem_rows.as_ref().map(|mem| mem.to_k.layout.shape[1]),
-        writes: Writes::Rows,
-        ..Caches::NONE
-    };
+    let caches =
+        Caches { mem_entries: args.mem_rows.as_ref().map(|mem| mem.to_k.layout.shape[1]), writes: Writes::Rows, ..Caches::NONE };
     if let Some(rows) = &args.rows {
         let mut call = Call::new(plan, &args.spans, caches)?;
         call.input(T::Q, &rows.k)?;

@@ -8,13 +8,13 @@
 //! into rows. Its keys come in the order window | memory rows | own block, in tiles whose edges count from the block's start, so a row's bits do
 //! not depend on the call. What a row sees is a range; there is no mask tensor, and what no row of the tile sees is not loaded.
 //!
-//! Both row groups run in one dispatch where the device binds eleven buffers, else in two.
+//! Both row groups run in one dispatch where the device binds eleven buffers, else in two. Blocks with few rows have kernels of their own (`few.rs`).
 
 use crate::call::{Caches, Call, Size, T, code};
 use crate::pipeline::{Dispatch, Gpu, Kernel, Shader, enqueue};
-use crate::tile::AttendTile;
-use crate::{Region, WgpuPlan, infini_read};
-use fam_core::{Attend, Dtype, Layout, Plan, Result, Rows, Spec, View};
+use crate::tile::{AttendTile, FEW_ROWS, FewTile};
+use crate::{Region, WgpuPlan, few, infini_read};
+use fam_core::{Attend, Dtype, Error, Layout, Memory, Plan, Result, Rows, Spans, Spec, View};
 
 /// Storage buffers of a shader that both row groups share: theirs and the call block.
 const BUFFERS_OF_BOTH: u32 = 11;
@@ -27,8 +27,16 @@ pub(crate) struct Kernels {
     both: Option<Kernel>,
     rows: Kernel,
     mem_rows: Kernel,
-    /// Rows whose output is gated, and what reads the compressive memory behind them.
-    gated: Option<[Kernel; 2]>,
+    few: Option<few::Kernels>,
+    gated: Option<Gated>,
+}
+
+/// The kernels of block rows whose output is gated, and what reads the compressive memory behind them.
+#[derive(Clone, Debug)]
+struct Gated {
+    rows: Kernel,
+    few: Option<few::Kernels>,
+    read: Kernel,
 }
 
 /// Which row groups a kernel has.
@@ -41,12 +49,24 @@ enum Groups {
 
 const BOTH: Shader = Shader {
     name: "attend",
-    text: concat!(include_str!("rows_both.wgsl"), include_str!("rows.wgsl"), include_str!("attend.wgsl")),
+    text: concat!(
+        include_str!("rows_both.wgsl"),
+        include_str!("rows.wgsl"),
+        include_str!("grid.wgsl"),
+        include_str!("softmax.wgsl"),
+        include_str!("attend.wgsl")
+    ),
     tensors: &[T::Q, T::O, T::Lse, T::K, T::V, T::MemK, T::MemV, T::MemQ, T::MemO, T::MemLse],
 };
 const ROWS: Shader = Shader {
     name: "attend",
-    text: concat!(include_str!("rows_one.wgsl"), include_str!("rows.wgsl"), include_str!("attend.wgsl")),
+    text: concat!(
+        include_str!("rows_one.wgsl"),
+        include_str!("rows.wgsl"),
+        include_str!("grid.wgsl"),
+        include_str!("softmax.wgsl"),
+        include_str!("attend.wgsl")
+    ),
     tensors: &[T::Q, T::O, T::Lse, T::K, T::V, T::MemK, T::MemV],
 };
 /// The same before the gate.
@@ -60,7 +80,11 @@ impl Kernels {
         let out = spec.out_dtype();
         let gated = match spec.shape().infini() {
             // What is gated is not rounded before.
-            Some(_) => Some([kernel(LOCAL_ROWS, Groups::Rows, Dtype::F32)?, infini_read::kernel(gpu, spec)?]),
+            Some(_) => Some(Gated {
+                rows: kernel(LOCAL_ROWS, Groups::Rows, Dtype::F32)?,
+                few: few::Kernels::new(gpu, spec, T::OLocal, Dtype::F32)?,
+                read: infini_read::kernel(gpu, spec)?,
+            }),
             None => None,
         };
         Ok(Kernels {
@@ -68,6 +92,7 @@ impl Kernels {
             both: both_at_once(&gpu.limits).then(|| kernel(BOTH, Groups::Both, out)).transpose()?,
             rows: kernel(ROWS, Groups::Rows, out)?,
             mem_rows: kernel(MEM_ROWS, Groups::MemRows, out)?,
+            few: few::Kernels::new(gpu, spec, T::O, out)?,
             gated,
         })
     }
@@ -83,7 +108,7 @@ fn constants(spec: &Spec, tile: AttendTile, shader: &Shader, groups: Groups, out
     let AttendTile { ty, block_n, q_chunks } = tile;
     format!(
         "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst OUT = {}u;\nconst TY = {ty}u;\nconst BLOCK_M = {}u;\nconst BLOCK_N = {block_n}u;\n\
-         const Q_CHUNKS = {q_chunks}u;\nconst FEW_ROWS = 0u;\nconst ROW_TILES = RowTiles;\nconst TENSOR_O = {:?};\n\
+         const Q_CHUNKS = {q_chunks}u;\nconst FEW_ROWS = {FEW_ROWS}u;\nconst ROW_TILES = RowTiles;\nconst TENSOR_O = {:?};\n\
          const HAS_ROWS = {};\nconst HAS_MEM_ROWS = {};\n",
         shape.head_dim(),
         code(shape.dtype()),
@@ -95,10 +120,16 @@ fn constants(spec: &Spec, tile: AttendTile, shader: &Shader, groups: Groups, out
     )
 }
 
-/// Bytes of scratch memory of the largest call: the local attention's output, where a compressive memory is read behind it.
-pub(crate) fn scratch_bytes(spec: &Spec) -> u64 {
+/// Bytes of scratch memory of the largest call.
+pub(crate) fn scratch_bytes(spec: &Spec, limits: &wgpu::Limits) -> u64 {
+    let parts = FewTile::of(spec, limits).map_or(0, |tile| tile.parts(spec));
+    local_elements(spec).saturating_add(parts).saturating_mul(4)
+}
+
+/// Elements of the local attention's output, which lies in scratch memory where a compressive memory is read behind it.
+fn local_elements(spec: &Spec) -> u64 {
     match spec.shape().infini() {
-        Some(_) => local_layout(spec, spec.batch(), spec.rows()).end_bytes().unwrap_or(u64::MAX),
+        Some(_) => local_layout(spec, spec.batch(), spec.rows()).elements().unwrap_or(u64::MAX),
         None => 0,
     }
 }
@@ -134,9 +165,14 @@ pub(crate) fn attend(
     }
     let tile_rows = kernels.tile.block_m();
     let [mut row_tiles, mut mem_tiles] = [0; 2];
+    let mut has_few = false;
     if let Some(rows) = &args.rows {
         name(&mut call, rows, [T::Q, T::O, T::Lse], Size::HasLse)?;
-        row_tiles = (call.max_rows.min(shape.block_len()) * shape.group()).div_ceil(tile_rows);
+        let sides = sides(&args.spans, spec);
+        has_few = sides.few;
+        if sides.more {
+            row_tiles = (call.max_rows.min(shape.block_len()) * shape.group()).div_ceil(tile_rows);
+        }
     }
     if let Some(rows) = &args.mem_rows {
         name(&mut call, rows, [T::MemQ, T::MemO, T::MemLse], Size::HasMemLse)?;
@@ -148,22 +184,54 @@ pub(crate) fn attend(
     call.set(Size::MemTiles, mem_tiles as u32);
     let heads = (call.batch() * shape.kv_heads()) as u64;
     let dispatch = |kernel, tiles: usize| Dispatch { kernel, groups: heads * (blocks * tiles) as u64 };
-    let rows_and_mem_rows = |rows| vec![dispatch(rows, row_tiles), dispatch(&kernels.mem_rows, mem_tiles)];
-    let dispatches = match (&args.infini, &kernels.gated, &kernels.both) {
-        (Some(infini), Some([rows, read]), _) if row_tiles > 0 => {
-            infini_read::name(&mut call, infini)?;
-            match &args.o_local {
-                Some(local) => call.output(T::OLocal, local)?,
-                None => call.input(T::OLocal, &View::new(&*scratch, local_layout(spec, call.batch(), call.max_rows)))?,
-            }
-            let mut dispatches = rows_and_mem_rows(rows);
-            dispatches.push(infini_read::dispatch(&mut call, read));
-            dispatches
-        }
-        (_, _, Some(both)) if row_tiles > 0 && mem_tiles > 0 => vec![dispatch(both, row_tiles + mem_tiles)],
-        _ => rows_and_mem_rows(&kernels.rows),
+    let gate = args.infini.as_ref().filter(|_| args.rows.is_some()).zip(kernels.gated.as_ref());
+    let (rows, few) = gate.map_or((&kernels.rows, &kernels.few), |(_, gated)| (&gated.rows, &gated.few));
+    let mut dispatches = match &kernels.both {
+        Some(both) if gate.is_none() && row_tiles > 0 && mem_tiles > 0 => vec![dispatch(both, row_tiles + mem_tiles)],
+        _ => vec![dispatch(rows, row_tiles), dispatch(&kernels.mem_rows, mem_tiles)],
     };
+    if let Some(few) = few.as_ref().filter(|_| has_few) {
+        if !scratch.is_aligned(Dtype::F32) {
+            return Err(Error::invalid("scratch", "misaligned memory", "at a multiple of 4 bytes"));
+        }
+        // Behind the local attention's output.
+        let parts = Layout::tokens(Dtype::F32, [1, 1, 1, few.parts(spec)]).with_offset(local_elements(spec) as usize);
+        call.input(T::Parts, &View::new(&*scratch, parts))?;
+        dispatches.extend(few.dispatches(&mut call));
+    }
+    if let Some((infini, gated)) = gate {
+        infini_read::name(&mut call, infini)?;
+        match &args.o_local {
+            Some(local) => call.output(T::OLocal, local)?,
+            None => call.input(T::OLocal, &View::new(&*scratch, local_layout(spec, call.batch(), call.max_rows)))?,
+        }
+        dispatches.push(infini_read::dispatch(&mut call, &gated.read));
+    }
     enqueue(&call, encoder, &dispatches)
+}
+
+/// Whether a call has blocks with few rows, and blocks with more, as far as the host knows.
+struct Sides {
+    few: bool,
+    more: bool,
+}
+
+fn sides(spans: &Spans<'_, Region>, spec: &Spec) -> Sides {
+    let (block_len, group) = (spec.shape().block_len() as u64, spec.shape().group() as u64);
+    let is_few = |tokens: u64| tokens * group <= FEW_ROWS as u64;
+    match spans {
+        Spans::Host(spans) => {
+            // Of a stream's first block in the call, its last, and one between.
+            let tokens = spans.iter().flat_map(|span| {
+                let first = u64::from(span.len).min(block_len - span.start % block_len);
+                let behind = u64::from(span.len) - first;
+                [first, behind % block_len, behind.min(block_len) * u64::from(behind >= block_len)]
+            });
+            let tokens: Vec<u64> = tokens.filter(|tokens| *tokens > 0).collect();
+            Sides { few: tokens.iter().any(|&tokens| is_few(tokens)), more: tokens.iter().any(|&tokens| !is_few(tokens)) }
+        }
+        Spans::Device { .. } => Sides { few: true, more: !is_few(block_len.min(spec.rows() as u64)) },
+    }
 }
 
 /// Names the tensors of a row group.

@@ -10,26 +10,10 @@ var<workgroup> kv: array<vec4<f32>, BLOCK_N * 16u>;            // keys [key][col
 var<workgroup> ps: array<vec4<f32>, BLOCK_N * TY>;             // weights [key][four rows]
 var<workgroup> partial: array<vec4<f32>, THREADS>;             // what 16 threads have of four rows
 
-// The positions that a row sees, as a range. Rows beyond the piece see none.
-fn seen(piece: Piece, row: u32) -> vec2<i32> {
-    if (row >= piece.rows) {
-        return vec2(0, 0);
-    }
-    if (piece.is_memory) {
-        return vec2(max(0, piece.oldest), piece.end);
-    }
-    let position = i32(piece.token + row / size(Group)) - piece.base;
-    var first = -i32(size(WindowBlocks));
-    if (size(WindowTokens) > 0u) {
-        first = position + 1 - i32(size(WindowTokens));
-    }
-    return vec2(max(first, piece.oldest), position + 1);
-}
-
 @compute @workgroup_size(16, TY)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
     let piece = find(group_number(workgroup));
-    if (piece.first >= piece.rows || (!piece.is_memory && piece.rows <= FEW_ROWS)) {
+    if (piece.first >= piece.rows || is_few(piece)) {
         return;
     }
     let s = stream(piece.n);
@@ -198,29 +182,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     for (var i = 0u; i < 16u; i++) {
         sum += partial[ty * 16u + i];
     }
-    let o_tensor = select(TENSOR_O, MemO, piece.is_memory);
-    let lse_tensor = select(Lse, MemLse, piece.is_memory);
-    let has_lse = size(select(HasLse, HasMemLse, piece.is_memory)) == 1u;
     for (var i = 0u; i < 4u; i++) {
         if (row + i >= piece.rows) {
             break;
         }
-        var end = Finished(0.0, 0xff800000u);
-        if (has_keys[i]) {
-            end = finish(row_max[i] * bitcast<f32>(size(Unit)), sum[i]);
-        }
-        if (size(SinkAt) > 0u) {
-            let sink = per_head(size(SinkAt), piece.kv_head * size(Group) + (row + i) % size(Group));
-            end = join_sink(has_keys[i], row_max[i] * bitcast<f32>(size(Unit)), sum[i], sink, end);
-        }
-        if (has_lse && tx == 0u) {
-            put_lse(lse_tensor, row_place(tensor(lse_tensor), piece, row + i), end.lse);
-        }
-        let at = row_place(tensor(o_tensor), piece, row + i);
         for (var chunk = 0u; chunk < CHUNKS; chunk++) {
-            if (16u * chunk + tx < COLUMNS) {
-                let x = select(vec4(0.0), acc[4u * chunk + i] * end.weight, has_keys[i]);
-                store4(o_tensor, at, 16u * chunk + tx, x);
+            let column = 16u * chunk + tx;
+            if (column < COLUMNS) {
+                write_row(piece, row + i, column, acc[4u * chunk + i], has_keys[i], row_max[i], sum[i]);
             }
         }
     }
@@ -235,42 +204,8 @@ fn load_keys(which: u32, piece: Piece, s: Stream, x0: i32, seen: vec2<i32>, chun
         let x = x0 + i32(key);
         var value = vec4(0.0);
         if (x >= seen.x && x < seen.y) {
-            var first: u32;
-            if (which >= MemK) {
-                first = place(t, s.slot, (s.mem_entry + piece.i) % t.blocks, u32(x), piece.kv_head);
-            } else {
-                var cache_row = s.first_row + bitcast<u32>(piece.base + x);
-                if (size(IsRing) == 1u) {
-                    cache_row = (cache_row + size(RingRows)) % size(RingRows);
-                }
-                first = place(t, s.slot, 0u, cache_row, piece.kv_head);
-            }
-            value = load4(which, first, 16u * chunk + column);
+            value = load4(which, key_place(t, which >= MemK, piece, s, x), 16u * chunk + column);
         }
         kv[key * 16u + select(column, column ^ (key & 15u), swizzle)] = value;
     }
-}
-
-// What a row's sums are multiplied by, and the bits of its lse.
-struct Finished {
-    weight: f32,
-    lse: u32,
-}
-
-fn finish(row_max: f32, sum: f32) -> Finished {
-    return Finished(1.0 / sum, bitcast<u32>(row_max + ln(sum)));
-}
-
-// The same with a sink: a logit of its own without a value. One of -inf is none.
-fn join_sink(has_keys: bool, row_max: f32, sum: f32, sink: f32, without: Finished) -> Finished {
-    if (bitcast<u32>(sink) == 0xff800000u) {
-        return without;
-    }
-    if (!has_keys) {
-        return Finished(0.0, bitcast<u32>(sink));
-    }
-    let most = max(row_max, sink);
-    let before = exp_negative(row_max - most);
-    let joined = fma(sum, before, exp_negative(sink - most));
-    return Finished(before / joined, bitcast<u32>(most + ln(joined)));
 }

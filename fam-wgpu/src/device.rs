@@ -17,8 +17,13 @@ pub struct Adapter {
 pub async fn adapters() -> Vec<Adapter> {
     let flags = wgpu::InstanceFlags::empty().with_env();
     let backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
-    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor { backends, flags, ..wgpu::InstanceDescriptor::new_without_display_handle() });
-    let mut adapters: Vec<_> = instance.enumerate_adapters(backends).await.into_iter().map(|adapter| Adapter { adapter }).collect();
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends,
+        flags,
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    });
+    let mut adapters: Vec<_> =
+        instance.enumerate_adapters(backends).await.into_iter().map(|adapter| Adapter { adapter }).collect();
     if let Ok(name) = std::env::var("WGPU_ADAPTER_NAME") {
         adapters.retain(|adapter| adapter.info().name.to_lowercase().contains(&name.to_lowercase()));
     }
@@ -52,7 +57,8 @@ impl Adapter {
             required_limits: limits.unwrap_or_else(|| self.adapter.limits()),
             ..Default::default()
         };
-        let unavailable = |error: wgpu::RequestDeviceError| Error::BackendUnavailable { backend: "wgpu", reason: error.to_string() };
+        let unavailable =
+            |error: wgpu::RequestDeviceError| Error::BackendUnavailable { backend: "wgpu", reason: error.to_string() };
         let (device, queue) = self.adapter.request_device(&descriptor).await.map_err(unavailable)?;
         let wgpu = Wgpu::new(&device, &queue)?;
         let lost = wgpu.gpu.lost();
@@ -66,7 +72,11 @@ impl Adapter {
 /// Bytes `bytes` of a region as bytes of its buffer.
 fn within(field: &'static str, mem: &Region, bytes: Range<u64>) -> Result<Range<u64>> {
     if bytes.start > bytes.end || bytes.end > mem.bytes() {
-        return Err(Error::invalid(field, format!("bytes {}..{}", bytes.start, bytes.end), format!("an ascending range in {} bytes", mem.bytes())));
+        return Err(Error::invalid(
+            field,
+            format!("bytes {}..{}", bytes.start, bytes.end),
+            format!("an ascending range in {} bytes", mem.bytes()),
+        ));
     }
     let first = mem.range().start;
     Ok(first + bytes.start..first + bytes.end)

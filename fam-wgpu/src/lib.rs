@@ -16,6 +16,7 @@ mod append;
 mod attend;
 mod call;
 mod device;
+mod few;
 mod infini_read;
 mod infini_write;
 mod merge;
@@ -26,7 +27,7 @@ mod tile;
 
 pub use device::{Adapter, adapters};
 pub use region::Region;
-pub use tile::BLOCK_N;
+pub use tile::{BLOCK_N, FEW_ROWS};
 pub use wgpu;
 
 use call::{Pool, block_words};
@@ -152,7 +153,7 @@ impl Backend for Wgpu {
         limit("bytes of the key ring", ring_bytes, max)?;
         limit("bytes of q", bytes(spec.batch() * spec.rows() * shape.heads() * d), max)?;
         let attends = spec.ops().contains(&Op::Attend);
-        let scratch_bytes = if attends { attend::scratch_bytes(spec) } else { 0 };
+        let scratch_bytes = if attends { attend::scratch_bytes(spec, limits) } else { 0 };
         limit("bytes of scratch memory", scratch_bytes, max)?;
         let (block, blocks) = Pool::size(block_words(spec), limits.min_storage_buffer_offset_alignment.into());
         limit("bytes of a plan's call blocks", block * blocks, max.min(u32::MAX.into()))?;
@@ -168,7 +169,8 @@ impl Backend for Wgpu {
         let (block, blocks) = Pool::size(block_words(spec), gpu.limits.min_storage_buffer_offset_alignment.into());
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
         let buffer = gpu.buffer("fam: calls", block * blocks, usage)?;
-        let gather = Shader { name: "call", text: include_str!("call.wgsl"), tensors: &[call::T::Q, call::T::Sink, call::T::Beta] };
+        let gather =
+            Shader { name: "call", text: include_str!("call.wgsl"), tensors: &[call::T::Q, call::T::Sink, call::T::Beta] };
         Ok(WgpuPlan {
             call_read: gpu.call_group(&buffer, block, true),
             call_write: gpu.call_group(&buffer, block, false),

@@ -5,11 +5,8 @@ use crate::pipeline::{Dispatch, Gpu, Kernel, Shader, enqueue};
 use crate::{Region, WgpuPlan};
 use fam_core::{Merge, Result, Spec};
 
-const SHADER: Shader = Shader {
-    name: "merge",
-    text: include_str!("merge.wgsl"),
-    tensors: &[T::K, T::MemK, T::V, T::MemV, T::O, T::Lse],
-};
+const SHADER: Shader =
+    Shader { name: "merge", text: include_str!("merge.wgsl"), tensors: &[T::K, T::MemK, T::V, T::MemV, T::O, T::Lse] };
 
 pub(crate) fn kernel(gpu: &Gpu, spec: &Spec) -> Result<Kernel> {
     let constants = format!("const HEAD_DIM = {}u;\nconst OUT = {}u;\n", spec.shape().head_dim(), code(spec.out_dtype()));

@@ -87,7 +87,12 @@ impl Gpu {
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue, unchecked: bool) -> Result<Self> {
         let usage = wgpu::BufferUsages::STORAGE;
         let nothing = scoped(device, 256, || {
-            device.create_buffer(&wgpu::BufferDescriptor { label: Some("fam: nothing"), size: 256, usage, mapped_at_creation: false })
+            device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("fam: nothing"),
+                size: 256,
+                usage,
+                mapped_at_creation: false,
+            })
         })?;
         Ok(Gpu {
             device: device.clone(),
@@ -145,7 +150,8 @@ impl Gpu {
             return Ok(kernel.clone());
         }
         let writes_call = shader.name == "call";
-        let module = || wgpu::ShaderModuleDescriptor { label: Some(shader.name), source: wgpu::ShaderSource::Wgsl(text.as_str().into()) };
+        let module =
+            || wgpu::ShaderModuleDescriptor { label: Some(shader.name), source: wgpu::ShaderSource::Wgsl(text.as_str().into()) };
         let pipeline = scoped(&self.device, 0, || {
             let module = self.module(module());
             let call = bind_group_layout(&self.device, 1, true, !writes_call);
@@ -207,11 +213,18 @@ impl Gpu {
                 // A buffer of another device, or a destroyed one.
                 let group = scoped(&self.device, 0, || {
                     let bound = place.key().iter().map(Binding::resource);
-                    let entries: Vec<_> = (0..).zip(bound).map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource }).collect();
-                    self.device.create_bind_group(&wgpu::BindGroupDescriptor { label: Some("fam"), layout: &layout, entries: &entries })
+                    let entries: Vec<_> =
+                        (0..).zip(bound).map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource }).collect();
+                    self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                        label: Some("fam"),
+                        layout: &layout,
+                        entries: &entries,
+                    })
                 })
                 .map_err(|error| match error {
-                    Error::BackendUnavailable { reason, .. } => Error::invalid("memory", reason, "buffers of the backend's own device"),
+                    Error::BackendUnavailable { reason, .. } => {
+                        Error::invalid("memory", reason, "buffers of the backend's own device")
+                    }
                     other => other,
                 })?;
                 Ok(place.insert(group).clone())
@@ -237,7 +250,11 @@ fn bind_group_layout(device: &wgpu::Device, count: usize, has_dynamic_offset: bo
     let entry = |binding| wgpu::BindGroupLayoutEntry {
         binding,
         visibility: wgpu::ShaderStages::COMPUTE,
-        ty: wgpu::BindingType::Buffer { ty: wgpu::BufferBindingType::Storage { read_only }, has_dynamic_offset, min_binding_size: None },
+        ty: wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Storage { read_only },
+            has_dynamic_offset,
+            min_binding_size: None,
+        },
         count: None,
     };
     let entries: Vec<_> = (0..count as u32).map(entry).collect();
