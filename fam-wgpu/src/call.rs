@@ -54,8 +54,8 @@ words! {
         Sign, UnitLog2, Unit,
         // The grid: tiles of each block's rows and memory rows, and of its rows where the compressive memory is read; blocks; rows of a copy.
         RowTiles, MemTiles, ReadTiles, Blocks, MostRows,
-        // Of blocks with few rows: tiles of them, blocks of a stream that may be such, their rows.
-        FewTiles, FewBlocks, FewRows,
+        // Of blocks with few rows: tiles of them, blocks of a stream that may be such, their rows, splits of their keys.
+        FewTiles, FewBlocks, FewRows, Splits,
         // What is there.
         HasLse, HasMemLse, SinkAt, BetaAt, IsRing, Rule,
         // What device spans are cut to.

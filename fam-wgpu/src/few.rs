@@ -72,7 +72,7 @@ impl Kernels {
         let blocks = blocks.min(call.max_blocks);
         let rows = rows.min(call.max_rows * shape.group());
         let tiles = rows.div_ceil(self.tile.block_m());
-        for (size, value) in [(Size::FewTiles, tiles), (Size::FewBlocks, blocks), (Size::FewRows, rows)] {
+        for (size, value) in [(Size::FewTiles, tiles), (Size::FewBlocks, blocks), (Size::FewRows, rows), (Size::Splits, splits)] {
             call.set(size, value as u32);
         }
         let heads = (call.batch() * shape.kv_heads() * blocks) as u64;
@@ -87,9 +87,10 @@ fn constants(spec: &Spec, tile: FewTile, o: T, out: Dtype) -> String {
     let FewTile { quads, value_lanes, splits, .. } = tile;
     format!(
         "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst OUT = {}u;\nconst TENSOR_O = {o:?};\nconst FEW_ROWS = {FEW_ROWS}u;\n\
-         const QUADS = {quads}u;\nconst VALUE_LANES = {value_lanes}u;\nconst SPLITS = {splits}u;\n",
+         const QUADS = {quads}u;\nconst VALUE_LANES = {value_lanes}u;\nconst IS_WHOLE = {};\n",
         spec.shape().head_dim(),
         code(spec.shape().dtype()),
         code(out),
+        splits == 1,
     )
 }

@@ -18,5 +18,5 @@ fn few_rows_of(number: u32, first: u32) -> Piece {
 
 // Element at which the part of a row and split begins.
 fn part_place(number: u32, row: u32, split: u32) -> u32 {
-    return tensor(Parts).offset + ((number * size(FewRows) + row) * SPLITS + split) * PART;
+    return tensor(Parts).offset + ((number * size(FewRows) + row) * size(Splits) + split) * PART;
 }

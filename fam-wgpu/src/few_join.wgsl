@@ -18,7 +18,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let unit = bitcast<f32>(size(UnitLog2));
     var row_max = 0.0;
     var has_keys = false;
-    for (var split = 0u; split < SPLITS; split++) {
+    for (var split = 0u; split < size(Splits); split++) {
         let at = part_place(number, row, split);
         if (part(at + 1u) > 0.0) {
             row_max = select(part(at), max(row_max, part(at)), has_keys);
@@ -27,7 +27,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     var sum = 0.0;
     var x = vec4(0.0);
-    for (var split = 0u; split < SPLITS; split++) {
+    for (var split = 0u; split < size(Splits); split++) {
         let at = part_place(number, row, split);
         if (part(at + 1u) > 0.0) {
             let weight = exp2_negative((part(at) - row_max) * unit);

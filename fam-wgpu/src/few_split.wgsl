@@ -11,33 +11,33 @@ const KEY_COLUMNS = (COLUMNS + LANES - 1u) / LANES;
 const VALUE_SLOTS = THREADS / VALUE_LANES; // values at once
 const VALUES = TILE / VALUE_SLOTS;         // of a thread, in a tile
 
-var<workgroup> qs: array<vec4<f32>, QUADS * 4u * COLUMNS>; // [four rows][channel of a column][column]
-var<workgroup> partial: array<vec4<f32>, 2u * THREADS>;    // products [lane][key ^ lane]; at the end sums [row][slot][column]
+var<workgroup> qs: array<vec4<f32>, QUADS * 4u * COLUMNS>; // [four rows][channel of a column][column]; at the end sums [row][column]
+var<workgroup> partial: array<vec4<f32>, QUADS * LANES * TILE>; // products [four rows][lane][key ^ lane], in as many banks as lanes
 var<workgroup> logits: array<vec4<f32>, QUADS * TILE>;     // [four rows][key]
 var<workgroup> weights: array<vec4<f32>, QUADS * TILE>;    // [four rows][key]
 var<workgroup> factors: array<vec4<f32>, QUADS>;
 
-fn words2(which: u32, i: u32, j: u32) -> vec2<u32> {
-    switch which {
-        case K: { return vec2(k[i], k[j]); }
-        case V: { return vec2(v[i], v[j]); }
-        case MemK: { return vec2(mem_k[i], mem_k[j]); }
-        default: { return vec2(mem_v[i], mem_v[j]); }
+fn words2(of_values: bool, in_memory: bool, i: u32, j: u32) -> vec2<u32> {
+    if (of_values) {
+        if (in_memory) {
+            return vec2(mem_v[i], mem_v[j]);
+        }
+        return vec2(v[i], v[j]);
     }
+    if (in_memory) {
+        return vec2(mem_k[i], mem_k[j]);
+    }
+    return vec2(k[i], k[j]);
 }
 
 // The words of a column of the row at `at`: nothing is made of them yet, so that many can be on their way. Words beyond the row are not read.
-fn ask(which: u32, at: u32, column: u32) -> vec4<u32> {
-    let first = at + 4u * column;
-    let last = at + HEAD_DIM - 1u;
-    if (DTYPE == F32) {
-        let low = words2(which, first, min(first + 1u, last));
-        return vec4(low, words2(which, min(first + 2u, last), min(first + 3u, last)));
-    }
-    let i = first >> 1u;
-    var words = vec4(words2(which, i, min(i + 1u, last >> 1u)), 0u, 0u);
-    if ((at & 1u) == 1u) {
-        words.z = fetch(which, min(i + 2u, last >> 1u));
+fn ask(of_values: bool, in_memory: bool, at: u32, column: u32) -> vec4<u32> {
+    let last = word(DTYPE, at + HEAD_DIM - 1u);
+    let first = word(DTYPE, at + 4u * column);
+    let words = vec4(words2(of_values, in_memory, first, min(first + 1u, last)), 0u, 0u);
+    // Two elements to a word, a row that begins with the second of one has a third.
+    if (DTYPE == F32 || (at & 1u) == 1u) {
+        return vec4(words.xy, words2(of_values, in_memory, min(first + 2u, last), min(first + 3u, last)));
     }
     return words;
 }
@@ -62,8 +62,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var number = group_number(workgroup);
     let row_tile = number % size(FewTiles);
     number /= size(FewTiles);
-    let split = number % SPLITS;
-    number /= SPLITS;
+    let split = number % size(Splits);
+    number /= size(Splits);
     let piece = few_rows_of(number, 4u * QUADS * row_tile);
     if (piece.first >= piece.rows || !is_few(piece)) {
         return;
@@ -106,7 +106,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let token_end = vec4(r0.y, r1.y, r2.y, r3.y);
     let all = vec2(seen(piece, piece.first).x, seen(piece, piece.first + rows - 1u).y);
 
-    // Tiles in the order own block | memory | window, from the block's start on and back; every SPLITS-th is this split's.
+    // Tiles in the order own block | memory | window, from the block's start on and back; each split has every so many.
     let n = i32(TILE);
     let own_tiles = i32((size(BlockLen) - 1u) / TILE) + 1;
     let window_tile = own_tiles + i32((size(MemLen) + TILE - 1u) / TILE);
@@ -121,7 +121,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     workgroupBarrier();
 
-    for (var t = i32(split); t < tiles; t += i32(SPLITS)) {
+    for (var t = i32(split); t < tiles; t += i32(size(Splits))) {
         let in_memory = t >= own_tiles && t < window_tile;
         var x0 = t * n;
         var first = token_first;
@@ -152,7 +152,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             key_at[j] = key_place(k_tensor, in_memory, piece, s, x);
             for (var i = 0u; i < KEY_COLUMNS; i++) {
                 if (lane + LANES * i < COLUMNS) {
-                    key_words[j * KEY_COLUMNS + i] = ask(select(K, MemK, in_memory), key_at[j], lane + LANES * i);
+                    key_words[j * KEY_COLUMNS + i] = ask(false, in_memory, key_at[j], lane + LANES * i);
                 }
             }
         }
@@ -162,7 +162,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             for (var j = 0u; j < VALUES; j++) {
                 let x = clamp(x0 + i32(value_slot + VALUE_SLOTS * j), some.x, some.y - 1);
                 value_at[j] = key_place(v_tensor, in_memory, piece, s, x);
-                value_words[j] = ask(select(V, MemV, in_memory), value_at[j], value_column);
+                value_words[j] = ask(true, in_memory, value_at[j], value_column);
             }
         }
 
@@ -195,21 +195,18 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                 }
             }
         }
-        var logit = vec4(0.0);
         for (var quad = 0u; quad < QUADS; quad++) {
             if (4u * quad < rows) {
-                if (quad > 0u) {
-                    workgroupBarrier();
-                }
                 for (var j = 0u; j < KEYS; j++) {
-                    partial[lane * TILE + ((key_slot + KEY_SLOTS * j) ^ lane)] = products[quad * KEYS + j];
+                    partial[(quad * LANES + lane) * TILE + ((key_slot + KEY_SLOTS * j) ^ lane)] = products[quad * KEYS + j];
                 }
-                workgroupBarrier();
-                if (own_quad == quad) {
-                    for (var i = 0u; i < LANES; i++) {
-                        logit += partial[i * TILE + (own_key ^ i)];
-                    }
-                }
+            }
+        }
+        workgroupBarrier();
+        var logit = vec4(0.0);
+        if (4u * own_quad < rows) {
+            for (var i = 0u; i < LANES; i++) {
+                logit += partial[(own_quad * LANES + i) * TILE + (own_key ^ i)];
             }
         }
         let is_seen = (vec4(x0 + i32(own_key)) >= first) & (vec4(x0 + i32(own_key)) < end);
@@ -267,31 +264,32 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         }
     }
 
-    // The split's end: sums over keys, and over slots, in their order, two rows at a time.
-    workgroupBarrier();
+    // The split's end: sums over slots in their order, which take the place of q; then rows, whose sums of weights go over keys in theirs.
+    for (var slot = 0u; slot < VALUE_SLOTS; slot++) {
+        if (value_slot == slot && value_column < COLUMNS) {
+            for (var r = 0u; r < 4u * QUADS; r++) {
+                let at = r * COLUMNS + value_column;
+                if (slot == 0u) {
+                    qs[at] = acc[r];
+                } else {
+                    qs[at] += acc[r];
+                }
+            }
+        }
+        workgroupBarrier();
+    }
     if (own_quad < QUADS) {
         logits[thread] = row_sum;
         factors[own_quad] = row_max;
     }
-    for (var pair = 0u; pair < 2u * QUADS; pair++) {
-        if (2u * pair < rows) {
-            workgroupBarrier();
-            partial[thread] = acc[2u * pair];
-            partial[THREADS + thread] = acc[2u * pair + 1u];
-            workgroupBarrier();
-            let r = 2u * pair + thread / VALUE_LANES;
-            if (thread < 2u * VALUE_LANES && value_column < COLUMNS && r < rows) {
-                var x = vec4(0.0);
-                for (var slot = 0u; slot < VALUE_SLOTS; slot++) {
-                    x += partial[(thread / VALUE_LANES) * THREADS + slot * VALUE_LANES + value_column];
-                }
-                var sum = 0.0;
-                for (var i = 0u; i < TILE; i++) {
-                    sum += logits[(r / 4u) * TILE + i][r % 4u];
-                }
-                leave(piece, number, split, piece.first + r, value_column, x, factors[r / 4u][r % 4u], sum);
-            }
+    workgroupBarrier();
+    for (var at = thread; at < rows * COLUMNS; at += THREADS) {
+        let r = at / COLUMNS;
+        var sum = 0.0;
+        for (var i = 0u; i < TILE; i++) {
+            sum += logits[(r / 4u) * TILE + i][r % 4u];
         }
+        leave(piece, number, split, piece.first + r, at % COLUMNS, qs[at], factors[r / 4u][r % 4u], sum);
     }
 }
 
@@ -299,7 +297,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 fn leave(piece: Piece, number: u32, split: u32, row: u32, column: u32, x: vec4<f32>, row_max: f32, sum: f32) {
     // The largest logit weighs 1.
     let has_keys = sum > 0.0;
-    if (SPLITS == 1u) {
+    if (IS_WHOLE) {
         write_row(piece, row, column, x, has_keys, row_max, sum);
         return;
     }

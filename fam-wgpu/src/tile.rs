@@ -73,10 +73,10 @@ impl FewTile {
         let blocks = if shape.block_len() > most { spec.blocks().min(2) } else { spec.blocks() };
         let rows = most.min(spec.rows()) * shape.group();
         let columns = shape.head_dim().div_ceil(4);
-        // Of four rows: q, logits and weights, and a factor.
-        let bytes = |quads: &usize| 16 * (quads * (4 * columns + 2 * 32 + 1) + 2 * 128);
+        // Of four rows: q, eight lanes' products for each key, its logits and weights, and a factor.
+        let bytes = |quads: &usize| 16 * quads * (4 * columns + 10 * 32 + 1);
         let fits = |quads: &usize| bytes(quads) <= limits.max_compute_workgroup_storage_size as usize;
-        let quads = (1..=rows.div_ceil(4)).rev().find(fits)?;
+        let quads = [4, 2, 1].into_iter().filter(|quads| *quads < 2 * rows.div_ceil(4)).find(fits)?;
         Some(FewTile { quads, value_lanes: columns.next_power_of_two().max(4), splits: splits(shape), rows, blocks })
     }
 
