@@ -10,10 +10,11 @@ const FOURS = R / 4u;       // in vectors
 const BLOCK_N = 32u;        // keys in a tile
 const STEP = 8u;            // columns of q and keys at once
 
-// Columns of q [row][column] and of keys [key][column ^ key % 8], so that eight keys lie in eight banks; then values [key][column].
-var<workgroup> tile: array<vec4<f32>, max(STEP * (BLOCK_M + BLOCK_N), 16u * BLOCK_N)>;
+// Columns of q [row][column] and of keys [key][column ^ key % 8], so that eight keys lie in eight banks; then values [key][column], at last results [row][column].
+var<workgroup> tile: array<vec4<f32>, 16u * BLOCK_M>;
 var<workgroup> weights: array<vec4<f32>, BLOCK_N * 8u * FOURS>; // [key][four rows]
 var<workgroup> partial: array<vec4<f32>, THREADS * FOURS>;      // what eight threads have of their rows
+var<workgroup> ends: array<f32, BLOCK_M>;                        // what a row's sums are multiplied by
 
 // Four rows of a thread, side by side in vectors.
 struct Four {
@@ -119,62 +120,26 @@ fn keep(four: ptr<function, Four>, chunk: u32, sums: array<vec4<f32>, 8>) {
     }
 }
 
-// Ends four rows, whose sums of weights are `sum`: the sink, lse, outputs.
-fn write(four: ptr<function, Four>, piece: Piece, row: u32, sum: vec4<f32>, tx: u32) {
-    let o_tensor = select(O, MemO, piece.is_memory);
-    let out = tensor(o_tensor);
-    let lse_tensor = select(Lse, MemLse, piece.is_memory);
-    let has_lse = size(select(HasLse, HasMemLse, piece.is_memory)) == 1u;
-    for (var i = 0u; i < 4u; i++) {
-        let r = row + i;
-        if (r >= piece.rows) {
-            break;
-        }
-        let has_keys = (*four).has_keys[i];
-        let most = (*four).row_max[i] * bitcast<f32>(size(Unit));
-        var end = Finished(0.0, 0xff800000u);
-        if (has_keys) {
-            end = finish(most, sum[i]);
-        }
-        if (size(SinkAt) > 0u) {
-            end = join_sink(has_keys, most, sum[i], per_head(size(SinkAt), piece.kv_head * size(Group) + r % size(Group)), end);
-        }
-        if (has_lse && tx == 0u) {
-            put_lse(lse_tensor, row_place(tensor(lse_tensor), piece, r), end.lse);
-        }
-        let at = row_place(out, piece, r);
-        for (var chunk = 0u; chunk < CHUNKS; chunk++) {
-            for (var half = 0u; half < 2u; half++) {
-                let column = 16u * chunk + 8u * half + tx;
-                if (column < COLUMNS) {
-                    let x = (*four).sums[8u * chunk + 2u * i + half] * end.weight;
-                    store4(o_tensor, out.dtype, at, column, select(vec4(0.0), x, has_keys));
-                }
-            }
-        }
-    }
+// What a row's end needs, to where it is found.
+fn leave(four: ptr<function, Four>, at: u32, sum: vec4<f32>) {
+    weights[at] = (*four).row_max;
+    weights[at + 1u] = sum;
+    weights[at + 2u] = select(vec4(0.0), vec4(1.0), (*four).has_keys);
 }
 
-// The positions that a row sees, as a range. Rows beyond the piece see none.
-fn seen(piece: Piece, row: u32) -> vec2<i32> {
-    if (row >= piece.rows) {
-        return vec2(0, 0);
+// Results of four rows in a chunk, to the tile from row `row` on.
+fn scaled(four: ptr<function, Four>, chunk: u32, row: u32, tx: u32) {
+    for (var i = 0u; i < 4u; i++) {
+        for (var half = 0u; half < 2u; half++) {
+            tile[16u * (row + i) + 8u * half + tx] = (*four).sums[8u * chunk + 2u * i + half] * ends[row + i];
+        }
     }
-    if (piece.is_memory) {
-        return vec2(max(0, piece.oldest), piece.end);
-    }
-    let position = i32(piece.token + row / size(Group)) - piece.base;
-    var first = -i32(size(WindowBlocks));
-    if (size(WindowTokens) > 0u) {
-        first = position + 1 - i32(size(WindowTokens));
-    }
-    return vec2(max(first, piece.oldest), position + 1);
 }
 
 @compute @workgroup_size(8, 8)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
     let piece = find(group_number(workgroup));
-    if (piece.first >= piece.rows || (!piece.is_memory && piece.rows <= FEW_ROWS)) {
+    if (piece.first >= piece.rows || is_few(piece)) {
         return;
     }
     let s = stream(piece.n);
@@ -214,15 +179,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let k_tensor = select(K, MemK, in_memory);
         let k_place = tensor(k_tensor);
         let v_place = tensor(k_tensor + 1u);
-        let entry = select(0u, (s.mem_entry + piece.i) % k_place.blocks, in_memory);
-        let k_first = place(k_place, s.slot, entry, 0u, piece.kv_head);
-        let v_first = place(v_place, s.slot, entry, 0u, piece.kv_head);
+        let k_first = cache_place(k_place, in_memory, piece, s);
+        let v_first = cache_place(v_place, in_memory, piece, s);
         var key_row: array<u32, 4>;
         var is_loaded: array<bool, 4>;
         for (var j = 0u; j < 4u; j++) {
             let x = keys.x0 + i32(ty + 8u * j);
             is_loaded[j] = x >= load.x && x < load.y;
-            key_row[j] = cache_row(piece, s, x, in_memory);
+            key_row[j] = cache_row(in_memory, piece, s, x);
         }
 
         for (var column = 0u; column < COLUMNS; column += STEP) {
@@ -308,48 +272,39 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         sum_low += partial[(ty * 8u + i) * FOURS];
         sum_high += partial[(ty * 8u + i) * FOURS + FOURS - 1u];
     }
-    write(&low, piece, row, sum_low, tx);
-    if (FOURS == 2u) {
-        write(&high, piece, row + 4u, sum_high, tx);
+    if (tx == 0u) {
+        leave(&low, 3u * FOURS * ty, sum_low);
+        if (FOURS == 2u) {
+            leave(&high, 3u * (FOURS * ty + 1u), sum_high);
+        }
+    }
+    workgroupBarrier();
+    // One thread ends a row; then rows are written as they lie.
+    if (thread < BLOCK_M && piece.first + thread < piece.rows) {
+        let at = 3u * (thread / 4u);
+        let end = row_end(piece, piece.first + thread, weights[at + 2u][thread % 4u] > 0.0, weights[at][thread % 4u], weights[at + 1u][thread % 4u]);
+        ends[thread] = end.weight;
+        write_lse(piece, piece.first + thread, end);
+    }
+    let o_tensor = select(O, MemO, piece.is_memory);
+    let out = tensor(o_tensor);
+    for (var chunk = 0u; chunk < CHUNKS; chunk++) {
+        workgroupBarrier();
+        scaled(&low, chunk, R * ty, tx);
+        if (FOURS == 2u) {
+            scaled(&high, chunk, R * ty + 4u, tx);
+        }
+        workgroupBarrier();
+        for (var at = thread; at < BLOCK_M * 16u; at += THREADS) {
+            let r = piece.first + at / 16u;
+            let column = 16u * chunk + at % 16u;
+            if (r < piece.rows && column < COLUMNS) {
+                store4(o_tensor, out.dtype, row_place(out, piece, r), column, tile[at]);
+            }
+        }
     }
 }
 
 fn exp2_of(x: vec4<f32>) -> vec4<f32> {
     return vec4(exp2_negative(x.x), exp2_negative(x.y), exp2_negative(x.z), exp2_negative(x.w));
-}
-
-// Row of its cache, or memory, in which the key at position x of the block lies.
-fn cache_row(piece: Piece, s: Stream, x: i32, in_memory: bool) -> u32 {
-    if (in_memory) {
-        return u32(x);
-    }
-    let row = s.first_row + bitcast<u32>(piece.base + x);
-    if (size(IsRing) == 1u) {
-        return (row + size(RingRows)) % size(RingRows);
-    }
-    return row;
-}
-
-// What a row's sums are multiplied by, and the bits of its lse.
-struct Finished {
-    weight: f32,
-    lse: u32,
-}
-
-fn finish(row_max: f32, sum: f32) -> Finished {
-    return Finished(1.0 / sum, bitcast<u32>(row_max + ln(sum)));
-}
-
-// The same with a sink: a logit of its own without a value. One of -inf is none.
-fn join_sink(has_keys: bool, row_max: f32, sum: f32, sink: f32, without: Finished) -> Finished {
-    if (bitcast<u32>(sink) == 0xff800000u) {
-        return without;
-    }
-    if (!has_keys) {
-        return Finished(0.0, bitcast<u32>(sink));
-    }
-    let most = max(row_max, sink);
-    let before = exp_negative(row_max - most);
-    let joined = fma(sum, before, exp_negative(sink - most));
-    return Finished(before / joined, bitcast<u32>(most + ln(joined)));
 }

@@ -1,9 +1,9 @@
 //! The call block: everything that a call's shaders need to know beside the tensors, in one small storage buffer.
 //!
 //! ```text
-//! words    0 .. 32     sizes of the call (Size)
-//!         32 .. 160    sixteen tensors: where each lies in its binding (T)
-//!        160 ..        ten words a stream; then one f32 a head of the sink, and of beta
+//! words    0 .. 40     sizes of the call (Size)
+//!         40 .. 176    seventeen tensors: where each lies in its binding (T)
+//!        176 ..        ten words a stream; then one f32 a head of the sink, and of beta
 //! ```
 //!
 //! Positions are 64 bits and WGSL has none, so a stream is told in numbers that fit: where its tokens lie in their block, in which row of the
@@ -18,8 +18,8 @@ use crate::{Region, WgpuPlan};
 use fam_core::{Dtype, Error, Keys, Layout, Plan, Result, Span, Spans, Spec, View, ViewMut, Window};
 use std::sync::{Arc, Mutex, PoisonError};
 
-const TENSORS: usize = 32;
-const STREAMS: usize = 160;
+const TENSORS: usize = 40;
+const STREAMS: usize = 176;
 /// Words of a stream.
 const STREAM: usize = 10;
 /// Keys before a call are counted so far: no window and no block reaches further.
@@ -54,6 +54,8 @@ words! {
         Sign, UnitLog2, Unit,
         // The grid: tiles of each block's rows and memory rows, and of its rows where the compressive memory is read; blocks; rows of a copy.
         RowTiles, MemTiles, ReadTiles, Blocks, MostRows,
+        // Of blocks with few rows: tiles of them, blocks of a stream that may be such, their rows, splits of their keys.
+        FewTiles, FewBlocks, FewRows, Splits,
         // What is there.
         HasLse, HasMemLse, SinkAt, BetaAt, IsRing, Rule,
         // What device spans are cut to.
@@ -63,8 +65,9 @@ words! {
 
 words! {
     /// The tensors of all ops. O is the local attention's output where a compressive memory is read, and Gated is then what the call gives.
+    /// Parts are what splits of few rows leave.
     T {
-        Q, O, Lse, MemQ, MemO, MemLse, K, V, MemK, MemV, M, Z, InfiniQ, Gated, Sink, Beta,
+        Q, O, Lse, MemQ, MemO, MemLse, K, V, MemK, MemV, M, Z, InfiniQ, Gated, Sink, Beta, Parts,
     }
 }
 
@@ -109,7 +112,7 @@ impl Caches {
 pub(crate) struct Call<'a> {
     pub plan: &'a WgpuPlan,
     words: Vec<u32>,
-    bindings: [Option<Binding>; 16],
+    bindings: [Option<Binding>; 17],
     spans: Option<Binding>,
     /// Most tokens and blocks of a stream, as far as the host knows.
     pub max_rows: usize,

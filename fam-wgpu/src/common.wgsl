@@ -32,8 +32,8 @@ const F32 = 0u;
 const F16 = 1u;
 const BF16 = 2u;
 
-const TENSORS = 32u;
-const STREAMS = 160u;
+const TENSORS = 40u;
+const STREAMS = 176u;
 const STREAM = 10u;
 
 fn size(i: u32) -> u32 {

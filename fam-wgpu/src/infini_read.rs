@@ -16,7 +16,7 @@ const TY: usize = 8;
 
 const SHADER: Shader = Shader {
     name: "infini_read",
-    text: concat!(include_str!("rows.wgsl"), include_str!("infini_read.wgsl")),
+    text: concat!(include_str!("rows.wgsl"), include_str!("grid.wgsl"), include_str!("infini_read.wgsl")),
     tensors: &[T::InfiniQ, T::Gated, T::O, T::M, T::Z],
 };
 

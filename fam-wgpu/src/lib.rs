@@ -16,6 +16,7 @@ mod append;
 mod attend;
 mod call;
 mod device;
+mod few;
 mod infini_read;
 mod infini_write;
 mod merge;
@@ -28,7 +29,7 @@ mod tile;
 
 pub use device::{Adapter, adapters};
 pub use region::Region;
-pub use tile::BLOCK_N;
+pub use tile::{BLOCK_N, FEW_ROWS};
 pub use wgpu;
 
 use call::{Pool, block_words};
@@ -162,7 +163,7 @@ impl Backend for Wgpu {
         limit("bytes of the key ring", ring_bytes, max)?;
         limit("bytes of q", bytes(spec.batch() * spec.rows() * shape.heads() * d), max)?;
         let attends = spec.ops().contains(&Op::Attend);
-        let scratch_bytes = if attends { attend::scratch_bytes(spec) } else { 0 };
+        let scratch_bytes = if attends { attend::scratch_bytes(spec, limits) } else { 0 };
         limit("bytes of scratch memory", scratch_bytes, max)?;
         let (block, blocks) = Pool::size(block_words(spec), limits.min_storage_buffer_offset_alignment.into());
         limit("bytes of a plan's call blocks", block * blocks, max.min(u32::MAX.into()))?;

@@ -66,34 +66,27 @@ fn row_place(t: Tensor, piece: Piece, row: u32) -> u32 {
     return place(t, piece.n, 0u, piece.token + row / group, head);
 }
 
-// The task of a workgroup: rows of tiles of block rows, then of memory rows, head by head. Without rows: none.
-fn find(number: u32) -> Piece {
+// Rows from `first` on of block i of the call; heads of all streams are numbered.
+fn rows_of(head: u32, i: u32, is_memory: bool, first: u32) -> Piece {
     var piece: Piece;
-    let blocks = size(Blocks);
-    let row_tiles = select(0u, blocks * size(ROW_TILES), HAS_ROWS);
-    let tiles = row_tiles + select(0u, blocks * size(MemTiles), HAS_MEM_ROWS);
-    let head = number / tiles;
-    var tile = number % tiles;
+    piece.is_memory = is_memory;
     piece.n = head / size(KvHeads);
     if (piece.n >= size(Batch)) {
         return piece;
     }
     piece.kv_head = head % size(KvHeads);
     let s = stream(piece.n);
-    piece.is_memory = tile >= row_tiles;
-    let each = select(size(ROW_TILES), size(MemTiles), piece.is_memory);
-    tile -= select(0u, row_tiles, piece.is_memory);
-    piece.i = tile / each;
-    piece.first = tile % each * BLOCK_M;
-    piece.base = i32(piece.i * size(BlockLen)) - i32(s.in_block);
+    piece.i = i;
+    piece.first = first;
+    piece.base = i32(i * size(BlockLen)) - i32(s.in_block);
     piece.oldest = -i32(s.before) - piece.base;
     piece.token = u32(max(piece.base, 0));
     let end = min(i32(size(BlockLen)), i32(s.len) - piece.base);
     piece.end = end;
-    if (piece.i >= s.blocks) {
+    if (i >= s.blocks) {
         return piece;
     }
-    if (piece.is_memory) {
+    if (is_memory) {
         piece.rows = size(MemLen) * size(Group);
     } else {
         piece.rows = u32(piece.base + end - i32(piece.token)) * size(Group);

@@ -1,0 +1,32 @@
+// Which rows are few, and what a split of their keys leaves of them; `few.rs` says how.
+
+// Floats of a row's part: its largest logit and its sum of weights, then the sums of weighted values.
+const PART = 2u + HEAD_DIM;
+
+// Rows of a block that may have few: of a stream's first or of its last blocks in the call, which are numbered head by head.
+fn few_rows_of(number: u32, first: u32) -> Piece {
+    let blocks = size(FewBlocks);
+    let head = number / blocks;
+    let n = head / size(KvHeads);
+    var i = number % blocks;
+    if (i > 0u && n < size(Batch)) {
+        let all = stream(n).blocks;
+        i = select(all, all + i - blocks, all + i > blocks);
+    }
+    return rows_of(head, i, false, first);
+}
+
+// Element at which the part of a row and split begins.
+fn part_place(number: u32, row: u32, split: u32) -> u32 {
+    return tensor(Parts).offset + ((number * size(FewRows) + row) * size(Splits) + split) * PART;
+}
+
+// Four channels of a row, whose other threads have the others.
+fn write_row(piece: Piece, row: u32, column: u32, x: vec4<f32>, has_keys: bool, row_max: f32, sum: f32) {
+    let end = row_end(piece, row, has_keys, row_max, sum);
+    if (column == 0u) {
+        write_lse(piece, row, end);
+    }
+    let out = tensor(O);
+    store4(O, out.dtype, row_place(out, piece, row), column, select(vec4(0.0), x * end.weight, has_keys));
+}
