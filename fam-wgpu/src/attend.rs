@@ -149,6 +149,9 @@ pub(crate) fn attend(
     let Some(kernels) = &plan.attend else { return Ok(()) };
     let spec = plan.spec();
     let shape = spec.shape();
+    if plan.support().scratch_bytes > 0 && !scratch.is_aligned(Dtype::F32) {
+        return Err(Error::invalid("scratch", "misaligned memory", "at a multiple of 4 bytes"));
+    }
     let caches = Caches {
         mem_entries: args.mem.as_ref().map(|mem| mem.k.layout.shape[1]),
         state_entries: args.infini.as_ref().map_or(1, |infini| infini.m.layout.shape[1]),
@@ -191,9 +194,6 @@ pub(crate) fn attend(
         _ => vec![dispatch(rows, row_tiles), dispatch(&kernels.mem_rows, mem_tiles)],
     };
     if let Some(few) = few.as_ref().filter(|_| has_few) {
-        if !scratch.is_aligned(Dtype::F32) {
-            return Err(Error::invalid("scratch", "misaligned memory", "at a multiple of 4 bytes"));
-        }
         // Behind the local attention's output.
         let parts = Layout::tokens(Dtype::F32, [1, 1, 1, few.parts(spec)]).with_offset(local_elements(spec) as usize);
         call.input(T::Parts, &View::new(&*scratch, parts))?;
