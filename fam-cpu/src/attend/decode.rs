@@ -197,12 +197,10 @@ impl<'a, 's> Few<'a, 's> {
             return;
         }
         let (count, head) = (piece.tokens * shape.group(), [task.n(), task.group()]);
-        for (r, q) in self.b.q.chunks_exact_mut(tile.dp).take(count).enumerate() {
-            widen::<V>(self.rows.q.row(piece.at(shape, head, r)), q);
-            if *sign != 1.0 {
-                for q in q.chunks_exact_mut(V::LANES) {
-                    V::load(q).mul(V::splat(*sign)).store(q);
-                }
+        pack::rows::<V, f32>(&self.rows.q, piece.places(shape, head, 0), count, tile.dp, self.b.q);
+        if *sign != 1.0 {
+            for q in self.b.q[..count * tile.dp].chunks_exact_mut(V::LANES) {
+                V::load(q).mul(V::splat(*sign)).store(q);
             }
         }
         self.b.whole.clear(count, tile.dp);
@@ -287,7 +285,7 @@ impl Body for Finish<'_, '_, '_> {
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
         let Finish { few, task, piece, count } = self;
         let Few { kernel, rows, b, .. } = few;
-        let (shape, dp, d, head) = (kernel.shape, kernel.tile.dp, kernel.shape.head_dim(), [task.n(), task.group()]);
+        let (shape, dp, head) = (kernel.shape, kernel.tile.dp, [task.n(), task.group()]);
         let at = |r: usize| piece.at(shape, head, r);
         let infini = kernel.infini.as_ref().filter(|_| !piece.is_memory);
         for (r, o) in b.whole.acc.chunks_exact_mut(dp).take(count).enumerate() {
@@ -300,12 +298,13 @@ impl Body for Finish<'_, '_, '_> {
                 }
                 None => o.fill(0.0),
             }
-            if let (Some(o_local), false) = (&kernel.o_local, piece.is_memory) {
-                o_local.write::<V>(task, at(r), &o[..d]);
-            }
-            if infini.is_none() {
-                rows.o.write::<V>(task, at(r), &o[..d]);
-            }
+        }
+        let places = || piece.places(shape, head, 0);
+        if let (Some(o_local), false) = (&kernel.o_local, piece.is_memory) {
+            o_local.write_rows::<V>(task, &b.whole.acc[..count * dp], dp, places());
+        }
+        if infini.is_none() {
+            rows.o.write_rows::<V>(task, &b.whole.acc[..count * dp], dp, places());
         }
         let Some(state) = infini else { return };
         let (width, heads) = (V::MR * V::LANES, head[1] * shape.group()..(head[1] + 1) * shape.group());
