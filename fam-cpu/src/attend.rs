@@ -15,7 +15,6 @@ mod decode;
 mod panel;
 mod rows;
 
-use crate::CpuPlan;
 use crate::infini_read::State;
 use crate::memory::{Cache, Input};
 use crate::pack::{self, Form, Rows};
@@ -27,10 +26,11 @@ use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_SPLITS, MAX_WIDTH, Tile, carve, splits_of_task};
 use crate::vector::{Body, Vector};
 use crate::walk::{KeyTile, Piece, Walk};
+use crate::{CpuPlan, Isa};
 use bytemuck::cast_slice;
 pub(crate) use decode::scratch as scratch_of_few;
 use decode::{FewRows, JoinSplits};
-use fam_core::{Attend, Plan, Result, Shape, View, ViewMut, mutate};
+use fam_core::{Attend, Op, Plan, Result, Shape, View, ViewMut, mutate};
 use panel::PanelOverTile;
 use std::marker::PhantomData;
 
@@ -83,7 +83,7 @@ pub(crate) fn attend(plan: &CpuPlan, par: &Par<'_>, args: Attend<'_, [u8]>, scra
     let (bytes, scratch) = shared(scratch, plan.shared);
     let layout = decode::partials(spec, spans.batch());
     let partials = (parts > 1).then(|| Output::new(ViewMut::new(&mut *bytes, layout), decode::owner(spec, splits, parts)));
-    let in_pairs = plan.isa.pairs().contains(&shape.dtype());
+    let in_pairs = plan.isa.kernel(Op::Attend, shape.dtype()) == Isa::Avx512Bf16;
     run_phase(par, Phase { number: 0, of: 2 }, &grid, scratch, plan.share, &|task, scratch| {
         let Some((rows, pieces)) = kernel.pieces(task) else { return };
         for piece in pieces {

@@ -13,7 +13,6 @@
 mod keys;
 mod panel;
 
-use crate::CpuPlan;
 use crate::convert::widen_here;
 use crate::infini_backward::{count_in, dot, per_stream, sum_streams};
 use crate::memory::{Cache, Input};
@@ -25,8 +24,9 @@ use crate::span::SpanSource;
 use crate::tile::{BLOCK_N, MAX_WIDTH, Tile, carve};
 use crate::vector::{Body, Vector};
 use crate::walk::{KeyTile, Piece, Places, Walk};
+use crate::{CpuPlan, Isa};
 use bytemuck::{cast_slice, cast_slice_mut};
-use fam_core::{AttendBackward, KeyGradients, Keys, Plan, Result, RowsBackward, Shape, View, ViewMut, mutate};
+use fam_core::{AttendBackward, KeyGradients, Keys, Op, Plan, Result, RowsBackward, Shape, View, ViewMut, mutate};
 use keys::KeysBackward;
 use panel::PanelBackward;
 use std::marker::PhantomData;
@@ -100,7 +100,7 @@ pub(crate) fn attend_backward(plan: &CpuPlan, par: &Par<'_>, args: AttendBackwar
         d_mem: args.d_mem.map(KeyOutputs::new),
         d_sink: Output::new(ViewMut::new(&mut *parts, layout), owner),
     };
-    let in_pairs = plan.isa.pairs().contains(&shape.dtype());
+    let in_pairs = plan.isa.kernel(Op::AttendBackward, shape.dtype()) == Isa::Avx512Bf16;
     let grid = Grid {
         streams: spans.batch(),
         groups: shape.kv_heads(),

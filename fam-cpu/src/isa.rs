@@ -76,7 +76,7 @@ impl Isa {
         }
     }
 
-    /// The dtypes in which attention multiplies pairs of bf16, but for rows that are few ([`crate::FEW_ROWS`], [`crate::FEW_MEM_ROWS`]). Then
+    /// The dtypes in which attention multiplies pairs of bf16, but in the forward pass for rows that are few ([`crate::FEW_ROWS`], [`crate::FEW_MEM_ROWS`]). Then
     /// probabilities are rounded to bf16, and operands and sums of products that are subnormal in f32 count as 0.
     pub const fn pairs(self) -> &'static [Dtype] {
         if matches!(self, Isa::Avx512Bf16) { &[Dtype::Bf16] } else { &[] }

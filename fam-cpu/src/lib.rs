@@ -89,8 +89,8 @@ impl Cpu {
         Ok(Cpu { isa: isa.available()?, ..self })
     }
 
-    /// The same with scratch memory for `threads` workers (at least 1) in every plan. A queue uses no more threads than its call's scratch
-    /// memory has room for.
+    /// The same with scratch memory for `threads` workers (at least 1) in every plan, whose calls are cut into tasks enough for so many. A
+    /// queue uses no more threads than its call's scratch memory has room for.
     #[must_use]
     pub fn with_threads(self, threads: usize) -> Self {
         Cpu { threads: threads.max(1), ..self }

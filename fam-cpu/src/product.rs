@@ -166,6 +166,7 @@ pub(crate) fn accumulate<V: Vector, F: Factor, const MR: usize, const NR: usize>
     term: &impl Term<V, F>,
     sum: &mut [[V; MR]; NR],
 ) {
+    const { assert!(size_of::<F>() == size_of::<f32>()) };
     if factors.is_empty() {
         return;
     }

@@ -39,8 +39,9 @@ pub const FEW_MEM_ROWS: usize = 8;
 /// deliver both; but each step rescales.
 pub(crate) const STEP: usize = 16;
 
-/// Bytes between what few rows read and what they ask for.
-pub(crate) const AHEAD: usize = 8192;
+/// Bytes between what few rows read and what they ask for into the second level of cache, and into the first.
+pub(crate) const AHEAD: usize = 16384;
+pub(crate) const SOON: usize = 1024;
 
 /// Fewest tiles in a split of few rows' keys, and most splits.
 const SPLIT: usize = 4;

@@ -98,6 +98,9 @@ pub(crate) trait Vector: Copy {
     /// Asks for the cache line at `at`, which may lie anywhere, where the level has an instruction for it.
     #[inline(always)]
     fn prefetch<T>(_at: *const T) {}
+    /// The same, but into the second level of cache alone.
+    #[inline(always)]
+    fn prefetch_far<T>(_at: *const T) {}
 
     /// `self + other`.
     fn add(self, other: Self) -> Self;
@@ -320,6 +323,7 @@ mod tests {
                 }
             }
             V::prefetch(std::ptr::null::<f32>());
+            V::prefetch_far(std::ptr::null::<f32>());
             let lanes = |v: V| {
                 let mut out = vec![0.0; V::LANES];
                 v.store(&mut out);

@@ -302,12 +302,14 @@ fn tile_number(shape: &Shape, is_memory: bool, segment: usize, x: i64) -> usize 
     [window, window, window + memory][segment].saturating_add_signed(x.div_euclid(BLOCK_N as i64) as isize)
 }
 
-/// Numbers of the tiles of a [`Walk`]: from the first to the last.
-pub(crate) fn tile_numbers(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
-    let keys = segments(shape, mem, piece).into_iter().enumerate().filter(|(_, keys)| !keys.is_empty());
+/// Numbers of the tiles of a [`Walk`], of window, memory and own block: between two of these there may be tiles that no row sees.
+pub(crate) fn tile_numbers(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> [Range<usize>; 3] {
+    let segments = segments(shape, mem, piece);
     let number = |i, x| tile_number(shape, piece.is_memory, i, x);
-    let numbers = keys.map(|(i, keys)| number(i, keys.start)..number(i, keys.end - 1) + 1);
-    numbers.reduce(|first, last| first.start..last.end).unwrap_or_default()
+    std::array::from_fn(|i| match &segments[i] {
+        keys if keys.is_empty() => 0..0,
+        keys => number(i, keys.start)..number(i, keys.end - 1) + 1,
+    })
 }
 
 /// Every tile of keys that some row of a piece sees, in order. Keys that none sees are in no tile.

@@ -55,6 +55,18 @@ fn kernels_say_their_level() {
     }
 }
 
+/// What the level with the dot of bf16 pairs computes is what its kernel's name says: other bits than without, but for few rows.
+#[test]
+fn pairs_multiply_where_kernels_say_so() {
+    let levels = [Isa::Avx512, Isa::Avx512Bf16].map(|isa| Cpu::new().unwrap().with_isa(isa));
+    let [Ok(without), Ok(with)] = levels else { return };
+    let stream = Stream::<bf16>::new(shape([2, 1], 64, 40, Window::Blocks(1), 3, Dtype::Bf16), 40, 0);
+    let many = [&with, &without].map(|cpu| stream.prefill(cpu, &mut Par::Serial).o);
+    assert_ne!(many[0], many[1]);
+    let few = [&with, &without].map(|cpu| stream.stepwise(cpu, &mut Par::Serial, 4).o);
+    assert_eq!(few[0], few[1]);
+}
+
 /// Of each token whether its block has few rows in the call, and its bits.
 fn bits_of_tokens(outputs: &Outputs, stream: &Stream<impl Element>, spans: &[Span]) -> Vec<(bool, Vec<u32>)> {
     let (h, d, b) = (stream.shape.heads(), stream.shape.head_dim(), stream.shape.block_len() as u64);
@@ -109,11 +121,12 @@ fn a_row_with_one_visible_key_is_its_value() {
 }
 
 fn one_key<T: Element>() {
-    let stream = Stream::<T>::new(shape([4, 2], 19, 1, Window::Blocks(0), 0, T::DTYPE), 5, 0);
-    for cpu in levels() {
+    // Rows that are few, and a group of more.
+    for (cpu, group) in levels().flat_map(|cpu| [(cpu, 2), (cpu, 17)]) {
+        let stream = Stream::<T>::new(shape([2 * group, 2], 19, 1, Window::Blocks(0), 0, T::DTYPE), 5, 0);
         let o = stream.prefill(&cpu, &mut Par::Serial).o;
         for (row, o) in o.chunks(19).enumerate() {
-            let kv_row = row / 4 * 2 + row % 4 / 2;
+            let kv_row = row / group;
             let v: Vec<f32> = stream.v[kv_row * 19..][..19].iter().map(|v| v.to_f32()).collect();
             assert_eq!(o, v, "{}", cpu.isa());
         }

@@ -52,12 +52,12 @@ fn bits_do_not_depend_on_who_runs() {
     }
 }
 
-/// d_q of a stream's rows, two blocks of 70 tokens and a window of one, with these keys.
-fn d_q<T: Element>(cpu: &Cpu, heads: usize, k: &[T]) -> Vec<f32> {
+/// d_q of a stream's rows, two blocks of 70 tokens and a window of one, with these keys and values.
+fn d_q<T: Element>(cpu: &Cpu, heads: usize, [k, v]: [&[T]; 2]) -> Vec<f32> {
     let shape = shape([heads, 1], 16, 70, Window::Blocks(1), 0, T::DTYPE);
     let plan = cpu.plan(&shape.spec(1, 210).out_dtype(Dtype::F32).blocks(3).ops(&[Op::AttendBackward]).build().unwrap()).unwrap();
     let [rows, lse] = [16, 1].map(|d| Layout::packed(Dtype::F32, [1, 1, 210, heads, d]));
-    let (q, v) = (random::<T>(1, 210 * heads * 16), random::<T>(2, 210 * 16));
+    let q = random::<T>(1, 210 * heads * 16);
     let [o, d_o, of_lse] = [3, 4, 5].map(|seed| random::<f32>(seed, 210 * heads * 16));
     let (mut d_q, mut scratch) = (vec![7.0; 210 * heads * 16], vec![0xff; plan.support().scratch_bytes as usize]);
     let keys = Layout::packed(T::DTYPE, [1, 1, 210, 1, 16]);
@@ -65,27 +65,34 @@ fn d_q<T: Element>(cpu: &Cpu, heads: usize, k: &[T]) -> Vec<f32> {
     let of_rows =
         RowsBackward::new(q, View::of(&o, rows), View::of(&of_lse, lse), View::of(&d_o, rows), ViewMut::of(&mut d_q, rows));
     let spans = [Span::new(0, 0, 210)];
-    let args = AttendBackward::new(Spans::Host(&spans), View::of(k, keys), View::of(&v, keys)).rows(of_rows);
+    let args = AttendBackward::new(Spans::Host(&spans), View::of(k, keys), View::of(v, keys)).rows(of_rows);
     cpu.attend_backward(&plan, &mut Par::Serial, args, &mut scratch).unwrap();
     d_q
 }
 
-/// A key that is not finite reaches exactly the rows that see it. The others have the bits that they have beside finite keys, which are not
+/// A key or a value that is not finite reaches exactly the rows that see it. The others have the bits that they have beside finite keys, which are not
 /// masked one by one.
 fn hidden_keys_stay_hidden_of<T: Element>(cpu: &Cpu, heads: usize) {
-    let mut k = random::<T>(6, 210 * 16);
-    let clean = d_q(cpu, heads, &k);
+    let mut kv = [6, 2].map(|seed| random::<T>(seed, 210 * 16));
+    let d_q = |[k, v]: &[Vec<T>; 2]| d_q(cpu, heads, [k, v]);
+    let clean = d_q(&kv);
     assert!(clean.iter().all(|x| x.is_finite()));
-    for at in [0, 69, 70, 75, 100, 139, 140, 209] {
+    for (which, at) in [0, 1].into_iter().flat_map(|which| [0, 69, 70, 75, 100, 139, 140, 209].map(|at| (which, at))) {
         for dirty in [f32::NAN, f32::INFINITY] {
-            let before = std::mem::replace(&mut k[at * 16], T::from_f32(dirty));
-            let of_rows = d_q(cpu, heads, &k);
+            let before = std::mem::replace(&mut kv[which][at * 16], T::from_f32(dirty));
+            let of_rows = d_q(&kv);
             for (row, (dirty, clean)) in of_rows.chunks(heads * 16).zip(clean.chunks(heads * 16)).enumerate() {
                 let sees = row >= at && row / 70 <= at / 70 + 1;
                 let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                assert_eq!(sees, bits(dirty) != bits(clean), "{}, {heads} heads, row {row}, key {at}", cpu.isa());
+                assert_eq!(
+                    sees,
+                    bits(dirty) != bits(clean),
+                    "{}, {heads} heads, row {row}, {} {at}",
+                    cpu.isa(),
+                    ["key", "value"][which]
+                );
             }
-            k[at * 16] = before;
+            kv[which][at * 16] = before;
         }
     }
 }

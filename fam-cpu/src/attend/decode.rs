@@ -56,17 +56,24 @@ fn tiles_of_one(shape: &Shape, piece: &Piece) -> usize {
     tiles_of_split(most_tiles(shape, piece.is_memory).iter().sum())
 }
 
-/// Splits that hold keys of a piece.
-fn splits_of(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
+/// Splits that hold keys of a piece, in order. Others lie between them where no row sees the end of its window, or there are few memory rows.
+fn splits_of(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> impl Iterator<Item = usize> + Clone {
     let (tiles, of_one) = (tile_numbers(shape, mem, piece), tiles_of_one(shape, piece));
-    tiles.start / of_one..tiles.end.div_ceil(of_one)
+    (0..MAX_SPLITS).filter(move |split| tiles.iter().any(|of| of.start < (split + 1) * of_one && split * of_one < of.end))
+}
+
+/// From the first of them to behind the last.
+fn splits_from_to(shape: &Shape, mem: Option<&Cache<'_>>, piece: &Piece) -> Range<usize> {
+    let mut splits = splits_of(shape, mem, piece);
+    let first = splits.next();
+    first.map_or(0..0, |first| first..splits.last().unwrap_or(first) + 1)
 }
 
 /// Behind the last split of any stream of few tokens.
 pub(super) fn splits_end(shape: &Shape, spans: &SpanSource<'_>, mem: Option<&Cache<'_>>) -> usize {
     let spans = (0..spans.batch()).map(|n| spans.get(n)).filter(|span| Tile::is_few(shape, span.len as usize));
     let pieces = spans.flat_map(|span| Piece::of_rows(shape, span, 0..span.len as usize));
-    pieces.map(|piece| splits_of(shape, mem, &piece).end).max().unwrap_or(0)
+    pieces.map(|piece| splits_from_to(shape, mem, &piece).end).max().unwrap_or(0)
 }
 
 /// Where splits leave what their rows have, `[N, 1, splits × few tokens, Hq, partial]`.
@@ -191,18 +198,16 @@ impl<'a, 's> Few<'a, 's> {
     #[inline(always)]
     fn piece<V: Vector>(&mut self, task: &mut Task, piece: &Piece, splits: Range<usize>) {
         let Kernel { shape, tile, keys, mem, sign, .. } = self.kernel;
-        let all = splits_of(shape, mem.as_ref(), piece);
+        let all = splits_from_to(shape, mem.as_ref(), piece);
         let is_whole = splits.start == 0 && all.end <= splits.end;
         if !is_whole && (all.end <= splits.start || splits.end <= all.start) {
             return;
         }
         let (count, head) = (piece.tokens * shape.group(), [task.n(), task.group()]);
-        for (r, q) in self.b.q.chunks_exact_mut(tile.dp).take(count).enumerate() {
-            widen::<V>(self.rows.q.row(piece.at(shape, head, r)), q);
-            if *sign != 1.0 {
-                for q in q.chunks_exact_mut(V::LANES) {
-                    V::load(q).mul(V::splat(*sign)).store(q);
-                }
+        pack::rows::<V, f32>(&self.rows.q, piece.places(shape, head, 0), count, tile.dp, self.b.q);
+        if *sign != 1.0 {
+            for q in self.b.q[..count * tile.dp].chunks_exact_mut(V::LANES) {
+                V::load(q).mul(V::splat(*sign)).store(q);
             }
         }
         self.b.whole.clear(count, tile.dp);
@@ -287,7 +292,7 @@ impl Body for Finish<'_, '_, '_> {
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
         let Finish { few, task, piece, count } = self;
         let Few { kernel, rows, b, .. } = few;
-        let (shape, dp, d, head) = (kernel.shape, kernel.tile.dp, kernel.shape.head_dim(), [task.n(), task.group()]);
+        let (shape, dp, head) = (kernel.shape, kernel.tile.dp, [task.n(), task.group()]);
         let at = |r: usize| piece.at(shape, head, r);
         let infini = kernel.infini.as_ref().filter(|_| !piece.is_memory);
         for (r, o) in b.whole.acc.chunks_exact_mut(dp).take(count).enumerate() {
@@ -295,17 +300,19 @@ impl Body for Finish<'_, '_, '_> {
             match kernel.weigh(task, rows, at(r), keys) {
                 Some(weight) => {
                     for o in o.chunks_exact_mut(V::LANES) {
-                        V::load(o).mul(V::splat(weight)).store(o);
+                        // A sum that is rescaled to −0 is +0 beside a row that sees one more split: which zero, must not show.
+                        V::load(o).mul_add(V::splat(weight), V::splat(0.0)).store(o);
                     }
                 }
                 None => o.fill(0.0),
             }
-            if let (Some(o_local), false) = (&kernel.o_local, piece.is_memory) {
-                o_local.write::<V>(task, at(r), &o[..d]);
-            }
-            if infini.is_none() {
-                rows.o.write::<V>(task, at(r), &o[..d]);
-            }
+        }
+        let places = || piece.places(shape, head, 0);
+        if let (Some(o_local), false) = (&kernel.o_local, piece.is_memory) {
+            o_local.write_rows::<V>(task, &b.whole.acc[..count * dp], dp, places());
+        }
+        if infini.is_none() {
+            rows.o.write_rows::<V>(task, &b.whole.acc[..count * dp], dp, places());
         }
         let Some(state) = infini else { return };
         let (width, heads) = (V::MR * V::LANES, head[1] * shape.group()..(head[1] + 1) * shape.group());
@@ -394,18 +401,20 @@ impl Body for JoinSplits<'_, '_> {
         }
         let mut few = Few::new(kernel, rows, None, scratch);
         for piece in Piece::of_rows(shape, span, 0..span.len as usize) {
-            let splits = splits_of(shape, kernel.mem.as_ref(), &piece);
-            if splits.end <= kernel.splits {
+            let all = splits_from_to(shape, kernel.mem.as_ref(), &piece);
+            if all.end <= kernel.splits {
                 continue; // One task had them all.
             }
             let count = piece.tokens * shape.group();
-            for split in mutate!("attend-split-lost", splits.clone(), splits.start..splits.end - 1) {
+            let end = mutate!("attend-split-lost", all.end, all.end - 1);
+            // What nobody has written is what an earlier call has left there.
+            for split in splits_of(shape, kernel.mem.as_ref(), &piece).filter(|split| *split < end) {
                 for r in 0..count {
                     let partial = partials.f32(partial_at(partials.layout(), split, piece.at(shape, head, r)));
                     few.b.split.acc[r * dp..][..dp].copy_from_slice(&partial[..dp]);
                     [few.b.split.row_max[r], few.b.split.row_sum[r]] = [partial[dp], partial[dp + 1]];
                 }
-                few.join::<V>(split == splits.start, count);
+                few.join::<V>(split == all.start, count);
             }
             V::run(Finish { few: &mut few, task, piece: &piece, count });
         }

@@ -19,7 +19,7 @@ use std::ops::Range;
 
 /// See the file's head. Buffers are of one panel, `[..][W]`.
 pub(super) struct PanelOverTile<'a, F> {
-    /// Qᵀ, `[dp][W]`, with the sign of the scale.
+    /// Qᵀ, `[dp / TERMS][W]`, with the sign of the scale.
     pub q: &'a [F],
     /// Keys, and values in factors of keys, of `d` channels.
     pub k: Rows<'a, F>,

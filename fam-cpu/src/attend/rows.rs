@@ -9,14 +9,15 @@
 //! softmax a lane is a row again. What a row gets does not depend on the rows beside it: its logits are sums of lanes, its
 //! results chains over the keys that it sees.
 //!
-//! Few rows are bound by memory. A tile is worked off in steps of `STEP` keys, and each loop asks for the lines that another will read
-//! `AHEAD` bytes later, one for each line that it reads: keys and values are two streams, and the processor's own prefetch loses both
-//! whenever they take turns.
+//! Few rows are bound by memory. A tile is worked off in steps of `STEP` keys, and each loop asks for two lines for each that it reads: into
+//! the second level of cache for the one that another loop will read `AHEAD` bytes later, since keys and values are two streams, and
+//! the processor's own prefetch loses both whenever they take turns; and into the first for the one `SOON` bytes behind. What the first
+//! level waits for is counted in few entries, which lines from memory would hold for long.
 
 use crate::convert::Convert;
 use crate::product::zero;
 use crate::softmax;
-use crate::tile::{AHEAD, STEP};
+use crate::tile::{AHEAD, SOON, STEP};
 use crate::vector::{Body, MAX_LANES, Vector, lane_sums};
 use fam_core::mutate;
 use std::ops::Range;
@@ -207,7 +208,8 @@ impl<E: Convert> RowsOverTile<'_, E> {
             }
             for i in 0..K {
                 let k = &k[i][c..c + V::LANES];
-                V::prefetch(k.as_ptr().wrapping_byte_add(ahead));
+                V::prefetch(k.as_ptr().wrapping_byte_add(SOON));
+                V::prefetch_far(k.as_ptr().wrapping_byte_add(ahead));
                 let k: V = E::load(k);
                 for j in 0..R {
                     sum[i][j] = k.mul_add(x[j], sum[i][j]);
@@ -256,7 +258,8 @@ impl<E: Convert> RowsOverTile<'_, E> {
             let (v, p) = (self.v.row(t, c, C * V::LANES), &p[..R]);
             for i in 0..C {
                 let v = &v[i * V::LANES..][..V::LANES];
-                V::prefetch(v.as_ptr().wrapping_byte_add(ahead));
+                V::prefetch(v.as_ptr().wrapping_byte_add(SOON));
+                V::prefetch_far(v.as_ptr().wrapping_byte_add(ahead));
                 let v: V = E::load(v);
                 for j in 0..R {
                     sum[j][i] = v.mul_add(V::splat(p[j]), sum[j][i]);

@@ -128,6 +128,12 @@ impl<'a> Output<'a> {
         V::run(Write { output: self, task, at, values });
     }
 
+    /// Writes rows of f32, `stride` apart, to `places`, each value rounded once to the output's type.
+    #[inline(always)]
+    pub fn write_rows<V: Vector>(&self, task: &mut Task, rows: &[f32], stride: usize, places: Places) {
+        V::run(WriteRows { output: self, task, rows, stride, places });
+    }
+
     /// Copies a row of the output's type.
     pub fn copy(&self, task: &mut Task, at: [usize; 4], from: Elements<'_>) {
         match from {
@@ -188,6 +194,39 @@ impl Body for Write<'_, '_> {
             Dtype::F16 => narrow::<V, f16>(values, output.row(task, at)),
             Dtype::Bf16 => narrow::<V, bf16>(values, output.row(task, at)),
             other => unreachable!("refused when the plan was made: {other}"),
+        }
+    }
+}
+
+/// [`Output::write_rows`].
+struct WriteRows<'a, 'o> {
+    output: &'a Output<'o>,
+    task: &'a mut Task,
+    rows: &'a [f32],
+    stride: usize,
+    places: Places,
+}
+
+impl Body for WriteRows<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector, const MR: usize, const NR: usize>(self) {
+        match self.output.layout.dtype {
+            Dtype::F32 => self.write::<V, f32>(),
+            Dtype::F16 => self.write::<V, f16>(),
+            Dtype::Bf16 => self.write::<V, bf16>(),
+            other => unreachable!("refused when the plan was made: {other}"),
+        }
+    }
+}
+
+impl WriteRows<'_, '_> {
+    #[inline(always)]
+    fn write<V: Vector, T: Convert>(self) {
+        let WriteRows { output, task, rows, stride, places } = self;
+        for (row, at) in rows.chunks_exact(stride).zip(places) {
+            narrow::<V, T>(row, output.row(task, at));
         }
     }
 }

@@ -120,6 +120,10 @@ impl Vector for Avx2 {
     fn prefetch<T>(at: *const T) {
         simd!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
     }
+    #[inline(always)]
+    fn prefetch_far<T>(at: *const T) {
+        simd!(_mm_prefetch::<_MM_HINT_T1>(at.cast()));
+    }
 
     #[inline(always)]
     fn add(self, other: Self) -> Self {

@@ -151,6 +151,10 @@ impl<const BF16: bool> Vector for Avx512<BF16> {
     fn prefetch<T>(at: *const T) {
         simd!(_mm_prefetch::<_MM_HINT_T0>(at.cast()));
     }
+    #[inline(always)]
+    fn prefetch_far<T>(at: *const T) {
+        simd!(_mm_prefetch::<_MM_HINT_T1>(at.cast()));
+    }
 
     #[inline(always)]
     fn add(self, other: Self) -> Self {
