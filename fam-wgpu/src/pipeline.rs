@@ -116,6 +116,13 @@ impl Gpu {
         }
     }
 
+    /// The texts of the kernels that were compiled so far, sorted.
+    pub fn texts(&self) -> Vec<String> {
+        let mut texts: Vec<_> = lock(&self.kernels).keys().cloned().collect();
+        texts.sort_unstable();
+        texts
+    }
+
     /// A buffer of zeros.
     pub fn buffer(&self, label: &'static str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
         self.check()?;

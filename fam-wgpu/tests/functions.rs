@@ -15,7 +15,8 @@ fn on_device(f: &str, x: &[f32]) -> Vec<f32> {
          fn main(@builtin(global_invocation_id) id: vec3<u32>) {{ if (id.x < arrayLength(&x)) {{ x[id.x] = {f}; }} }}",
         include_str!("../src/common.wgsl")
     );
-    let module = device.create_shader_module(wgpu::ShaderModuleDescriptor { label: None, source: wgpu::ShaderSource::Wgsl(text.into()) });
+    let module =
+        device.create_shader_module(wgpu::ShaderModuleDescriptor { label: None, source: wgpu::ShaderSource::Wgsl(text.into()) });
     let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
         label: None,
         layout: None,
@@ -25,7 +26,8 @@ fn on_device(f: &str, x: &[f32]) -> Vec<f32> {
         cache: None,
     });
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
-    let buffer = device.create_buffer_init(&wgpu::util::BufferInitDescriptor { label: None, contents: bytemuck::cast_slice(x), usage });
+    let buffer =
+        device.create_buffer_init(&wgpu::util::BufferInitDescriptor { label: None, contents: bytemuck::cast_slice(x), usage });
     let group = device.create_bind_group(&wgpu::BindGroupDescriptor {
         label: None,
         layout: &pipeline.get_bind_group_layout(0),
