@@ -1,6 +1,8 @@
 //! What the tests share: a device of this machine, and the harness that hands it to the conformance runner.
 #![allow(dead_code, reason = "every test file is a crate of its own, and uses a part")]
 
+pub mod rows;
+
 use fam_core::{Device, Dtype, Result};
 use fam_testkit::{Harness, Level, Limits, NanReach, Queue, Report, SuiteOptions, run_suite};
 use fam_wgpu::{Adapter, Wgpu};
