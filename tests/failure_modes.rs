@@ -302,14 +302,18 @@ fn a_backend_is_the_one_asked_for_or_says_why_not() {
     for name in BackendName::ALL {
         match fam::select(name) {
             Ok(selection) => assert_eq!(selection.backend.name(), name.name()),
-            Err(Error::BackendUnavailable { backend, reason }) => assert!(backend == name.name() && !reason.is_empty(), "{reason}"),
+            Err(Error::BackendUnavailable { backend, reason }) => {
+                assert!(backend == name.name() && !reason.is_empty(), "{reason}")
+            }
             Err(other) => panic!("{other}"),
         }
     }
     // The CPU is always there; a GPU that is a program on it comes behind.
     let auto = fam::select(BackendName::Auto).unwrap();
     assert!(!auto.reason.is_empty());
-    let is_gpu = fam::candidates().into_iter().any(|c| c.name != BackendName::Cpu && c.backend.is_ok() && auto.backend.name() == c.name.name());
+    let is_gpu = fam::candidates()
+        .into_iter()
+        .any(|c| c.name != BackendName::Cpu && c.backend.is_ok() && auto.backend.name() == c.name.name());
     assert!(is_gpu || auto.backend.name() == "cpu");
 }
 

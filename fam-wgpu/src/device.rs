@@ -97,10 +97,21 @@ impl Wgpu {
         self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: Some("fam") })
     }
 
+    fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<()> {
+        self.gpu.scoped(0, || drop(self.gpu.queue.submit([encoder.finish()])))
+    }
+
     fn wait(&self) -> Result<()> {
         let done = self.gpu.device.poll(wgpu::PollType::wait_indefinitely());
         self.gpu.check()?;
         done.map(|_| ()).map_err(|error| Error::DeviceLost { reason: error.to_string() })
+    }
+
+    fn write(&self, buffer: &wgpu::Buffer, offset: u64, words: &[u8]) -> Result<()> {
+        self.gpu.scoped(words.len() as u64, || {
+            self.gpu.queue.write_buffer(buffer, offset, words);
+            self.gpu.queue.submit([]);
+        })
     }
 
     /// Whole words of a buffer.
@@ -112,7 +123,7 @@ impl Wgpu {
         let staging = self.gpu.buffer("fam: download", size, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST)?;
         let mut encoder = self.encoder();
         encoder.copy_buffer_to_buffer(buffer, words.start, &staging, 0, size);
-        self.gpu.queue.submit([encoder.finish()]);
+        self.submit(encoder)?;
         let (send, receive) = channel();
         staging.map_async(wgpu::MapMode::Read, .., move |mapped| {
             let _ = send.send(mapped);
@@ -138,7 +149,7 @@ impl Device for Wgpu {
         let at = within("upload", mem, offset..offset.saturating_add(bytes.len() as u64))?;
         let words = words(&at);
         if words == at {
-            self.gpu.queue.write_buffer(mem.buffer(), at.start, bytes);
+            self.write(mem.buffer(), at.start, bytes)?;
         } else if !bytes.is_empty() {
             // A buffer is written in whole words: those at the ends are read first.
             let mut whole = vec![0; (words.end - words.start) as usize];
@@ -146,9 +157,8 @@ impl Device for Wgpu {
             let last = whole.len() - 4;
             whole[last..].copy_from_slice(&self.read(mem.buffer(), words.end - 4..words.end)?);
             whole[(at.start - words.start) as usize..][..bytes.len()].copy_from_slice(bytes);
-            self.gpu.queue.write_buffer(mem.buffer(), words.start, &whole);
+            self.write(mem.buffer(), words.start, &whole)?;
         }
-        self.gpu.queue.submit([]);
         Ok(())
     }
 
@@ -164,7 +174,7 @@ impl Device for Wgpu {
     fn synchronize(&self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
         self.gpu.check()?;
         let encoded = std::mem::replace(encoder, self.encoder());
-        self.gpu.queue.submit([encoded.finish()]);
+        self.submit(encoded)?;
         self.wait()
     }
 

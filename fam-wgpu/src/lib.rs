@@ -84,6 +84,12 @@ impl Wgpu {
         pipeline::lock(&self.gpu.lost()).get_or_insert(reason.into());
     }
 
+    /// The WGSL of every kernel that this device's plans have asked for so far, sorted; the entry point is `main`. For a caller's own cache of
+    /// pipelines, and for checks by other compilers.
+    pub fn shaders(&self) -> Vec<String> {
+        self.gpu.texts()
+    }
+
     /// The variant of the kernels, and why it is this one.
     pub fn variant(&self) -> (&'static str, String) {
         let (gpu, together) = (&self.gpu, attend::are_together(&self.gpu.limits));

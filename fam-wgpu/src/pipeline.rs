@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 /// Bind groups that are kept, so that a call whose tensors lie where those of an earlier one did makes none. A bind group keeps its buffers
 /// alive: when there are so many, all are forgotten.
@@ -124,6 +125,23 @@ impl Gpu {
         }
     }
 
+    /// Does something on the device. What goes wrong there is an error here, that of the loss where the device is lost.
+    pub fn scoped<X>(&self, bytes: u64, make: impl FnOnce() -> X) -> Result<X> {
+        scoped(&self.device, bytes, make).or_else(|error| {
+            // A device that was lost takes work, and what it makes is invalid; it says so when what it had before is done.
+            let _ = self.device.poll(wgpu::PollType::Wait { submission_index: None, timeout: Some(Duration::from_secs(1)) });
+            self.check()?;
+            Err(error)
+        })
+    }
+
+    /// The texts of the kernels that were compiled so far, sorted.
+    pub fn texts(&self) -> Vec<String> {
+        let mut texts: Vec<_> = lock(&self.kernels).keys().cloned().collect();
+        texts.sort_unstable();
+        texts
+    }
+
     /// A buffer of zeros.
     pub fn buffer(&self, label: &'static str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
         self.check()?;
@@ -131,7 +149,7 @@ impl Gpu {
         if size > max {
             return Err(Error::LimitExceeded { what: "bytes of a buffer", requested: bytes, max });
         }
-        scoped(&self.device, size, || {
+        self.scoped(size, || {
             self.device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false })
         })
     }
@@ -155,7 +173,7 @@ impl Gpu {
         let writes_call = shader.name == "call";
         let module =
             || wgpu::ShaderModuleDescriptor { label: Some(shader.name), source: wgpu::ShaderSource::Wgsl(text.as_str().into()) };
-        let pipeline = scoped(&self.device, 0, || {
+        let pipeline = self.scoped(0, || {
             let module = self.module(module());
             let call = bind_group_layout(&self.device, 1, true, !writes_call);
             let tensors = self.layout(shader.tensors.len());
@@ -214,22 +232,23 @@ impl Gpu {
             Entry::Vacant(place) => {
                 let layout = self.layout(place.key().len());
                 // A buffer of another device, or a destroyed one.
-                let group = scoped(&self.device, 0, || {
-                    let bound = place.key().iter().map(Binding::resource);
-                    let entries: Vec<_> =
-                        (0..).zip(bound).map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource }).collect();
-                    self.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                        label: Some("fam"),
-                        layout: &layout,
-                        entries: &entries,
+                let group = self
+                    .scoped(0, || {
+                        let bound = place.key().iter().map(Binding::resource);
+                        let entries: Vec<_> =
+                            (0..).zip(bound).map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource }).collect();
+                        self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                            label: Some("fam"),
+                            layout: &layout,
+                            entries: &entries,
+                        })
                     })
-                })
-                .map_err(|error| match error {
-                    Error::BackendUnavailable { reason, .. } => {
-                        Error::invalid("memory", reason, "buffers of the backend's own device")
-                    }
-                    other => other,
-                })?;
+                    .map_err(|error| match error {
+                        Error::BackendUnavailable { reason, .. } => {
+                            Error::invalid("memory", reason, "buffers of the backend's own device")
+                        }
+                        other => other,
+                    })?;
                 Ok(place.insert(group).clone())
             }
         }
