@@ -2,7 +2,8 @@
 
 use crate::report::Report;
 use crate::{Failure, Outcome};
-use fam::{Backend, BackendName, Candidate, Dtype, InfiniRule, Op, Selected, Shape, Window};
+use fam::cpu::Cpu;
+use fam::{Backend, BackendName, Candidate, Dtype, InfiniRule, Op, Selected, Shape, Spec, Window};
 use serde_json::json;
 
 /// Backends, devices and kernels of this machine.
@@ -33,7 +34,7 @@ pub fn run(args: &Args, report: &Report) -> Result<Outcome, Failure> {
         )?;
     }
     if args.markdown {
-        markdown(&candidates, &cells, report)?;
+        markdown(report)?;
         return Ok(Outcome::Right);
     }
     for candidate in &candidates {
@@ -93,26 +94,36 @@ fn cells(candidate: &Candidate) -> Vec<Cell> {
 
 /// The kernel for a shape that uses everything the contract has.
 fn kernel(backend: &impl Backend, op: Op, dtype: Dtype) -> Result<String, String> {
-    let support = || {
-        let shape = Shape::builder().window(Window::Blocks(1)).mem_len(16).dtype(dtype).infini(InfiniRule::Linear).build()?;
-        backend.support(&shape.spec(1, 128).ops(&[op]).build()?)
-    };
-    let support = support().map_err(|e: fam::Error| e.to_string())?;
+    let support = whole_contract(op, dtype).and_then(|spec| backend.support(&spec)).map_err(|e| e.to_string())?;
     support.kernel(op).map(|k| k.to_string()).ok_or_else(|| "no kernel".into())
 }
 
-fn markdown(candidates: &[Candidate], cells: &[Cell], report: &Report) -> Result<(), Failure> {
+fn whole_contract(op: Op, dtype: Dtype) -> fam::Result<Spec> {
+    let shape = Shape::builder().window(Window::Blocks(1)).mem_len(16).dtype(dtype).infini(InfiniRule::Linear).build()?;
+    shape.spec(1, 128).ops(&[op]).build()
+}
+
+/// What this version serves, on any machine: on a GPU that has no more than WebGPU's least limits.
+fn markdown(report: &Report) -> Result<(), Failure> {
     report.line("| backend | op | f32 | f16 | bf16 |")?;
     report.line("|---|---|---|---|---|")?;
-    for candidate in candidates {
-        if candidate.backend.is_err() {
-            report.line(format!("| {} | | not in this version | | |", candidate.name))?;
+    let cpu = Cpu::new()?;
+    for name in BackendName::ALL {
+        let support = |op, dtype| {
+            let spec = whole_contract(op, dtype)?;
+            match name {
+                BackendName::Cpu => cpu.support(&spec),
+                BackendName::Wgpu => fam::wgpu::support(&spec, &fam::wgpu::wgpu::Limits::default(), false),
+                _ => Err(fam::Error::no_kernel(op, dtype, name.name())),
+            }
+        };
+        let row = |op| Dtype::ALL.map(|dtype| if support(op, dtype).is_ok() { "yes" } else { "–" });
+        if Op::ALL.into_iter().all(|op| row(op) == ["–"; 3]) {
+            report.line(format!("| {name} | | not in this version | | |"))?;
             continue;
         }
         for op in Op::ALL {
-            let row = cells.iter().filter(|c| c.backend == candidate.name && c.op == op);
-            let row: Vec<_> = row.map(|c| if c.kernel.is_ok() { "yes" } else { "–" }).collect();
-            report.line(format!("| {} | `{op}` | {} |", candidate.name, row.join(" | ")))?;
+            report.line(format!("| {name} | `{op}` | {} |", row(op).join(" | ")))?;
         }
     }
     Ok(())

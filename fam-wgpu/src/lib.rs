@@ -92,18 +92,62 @@ impl Wgpu {
 
     /// The variant of the kernels, and why it is this one.
     pub fn variant(&self) -> (&'static str, String) {
-        let (gpu, together) = (&self.gpu, attend::are_together(&self.gpu.limits));
-        let name = match (together, gpu.has_f16) {
-            (true, true) => "wide-f16",
-            (true, false) => "wide",
-            (false, true) => "baseline-f16",
-            (false, false) => "baseline",
-        };
-        let buffers = gpu.limits.max_storage_buffers_per_shader_stage;
-        let dispatches = if together { "one dispatch" } else { "two dispatches" };
-        let f16 = if gpu.has_f16 { "f16 by the device's conversion" } else { "f16 by its bits" };
-        (name, format!("{buffers} storage buffers a shader, so block and memory rows in {dispatches}; {f16}"))
+        variant(&self.gpu.limits, self.gpu.has_f16)
     }
+}
+
+/// The variant of the kernels of a device, and why it is this one.
+fn variant(limits: &wgpu::Limits, has_f16: bool) -> (&'static str, String) {
+    let together = attend::are_together(limits);
+    let name = match (together, has_f16) {
+        (true, true) => "wide-f16",
+        (true, false) => "wide",
+        (false, true) => "baseline-f16",
+        (false, false) => "baseline",
+    };
+    let dispatches = if together { "one dispatch" } else { "two dispatches" };
+    let f16 = if has_f16 { "f16 by the device's conversion" } else { "f16 by its bits" };
+    let buffers = limits.max_storage_buffers_per_shader_stage;
+    (name, format!("{buffers} storage buffers a shader, so block and memory rows in {dispatches}; {f16}"))
+}
+
+/// What a device with these limits would do for `spec`, whether it has the type f16 in shaders or not: [`Backend::support`] without a device.
+///
+/// # Errors
+/// As [`Backend::support`].
+pub fn support(spec: &Spec, limits: &wgpu::Limits, has_f16: bool) -> Result<Support> {
+    let shape = spec.shape();
+    let (dtype, d) = (shape.dtype(), shape.head_dim());
+    let limit = |what, requested, max| match requested > max {
+        true => Err(Error::LimitExceeded { what, requested, max }),
+        false => Ok(()),
+    };
+    limit("head_dim", d as u64, tile::MAX_HEAD_DIM as u64)?;
+    if !Dtype::ALL.contains(&dtype) {
+        return Err(Error::unsupported("dtype", dtype, "f32, f16, bf16"));
+    }
+    if !matches!(shape.window(), Window::Blocks(_) | Window::Tokens(_)) {
+        return Err(Error::unsupported("window", format!("{:?}", shape.window()), "blocks, tokens"));
+    }
+    // Positions within a call are 32 bits with a sign.
+    limit("tokens of the blocks in a call", spec.blocks() as u64 * shape.block_len() as u64, 1 << 30)?;
+    if let Some(op) = spec.ops().iter().find(|op| !Op::FORWARD.contains(op)) {
+        return Err(Error::no_kernel(*op, dtype, "wgpu"));
+    }
+    let max = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+    let bytes = |elements: usize| (elements as u64).saturating_mul(dtype.bytes() as u64);
+    let ring = call::ring_layout(spec);
+    let ring_bytes = bytes(ring.shape[0] * ring.stride[0]);
+    limit("bytes of the key ring", ring_bytes, max)?;
+    limit("bytes of q", bytes(spec.batch() * spec.rows() * shape.heads() * d), max)?;
+    let attends = spec.ops().contains(&Op::Attend);
+    let scratch_bytes = if attends { attend::scratch_bytes(spec, limits) } else { 0 };
+    limit("bytes of scratch memory", scratch_bytes, max)?;
+    let (block, blocks) = Pool::size(block_words(spec), limits.min_storage_buffer_offset_alignment.into());
+    limit("bytes of a plan's call blocks", block * blocks, max.min(u32::MAX.into()))?;
+    let variant = variant(limits, has_f16).0;
+    let kernel = |&op| (KernelId { backend: "wgpu", op, dtype, variant }, 1);
+    Ok(Support::new(spec.ops().iter().map(kernel).collect()).scratch_bytes(scratch_bytes).ring_bytes(ring_bytes))
 }
 
 /// A plan of [`Wgpu`].
@@ -144,38 +188,7 @@ impl Backend for Wgpu {
 
     fn support(&self, spec: &Spec) -> Result<Support> {
         self.gpu.check()?;
-        let shape = spec.shape();
-        let (dtype, d, limits) = (shape.dtype(), shape.head_dim(), &self.gpu.limits);
-        let limit = |what, requested, max| match requested > max {
-            true => Err(Error::LimitExceeded { what, requested, max }),
-            false => Ok(()),
-        };
-        limit("head_dim", d as u64, tile::MAX_HEAD_DIM as u64)?;
-        if !Dtype::ALL.contains(&dtype) {
-            return Err(Error::unsupported("dtype", dtype, "f32, f16, bf16"));
-        }
-        if !matches!(shape.window(), Window::Blocks(_) | Window::Tokens(_)) {
-            return Err(Error::unsupported("window", format!("{:?}", shape.window()), "blocks, tokens"));
-        }
-        // Positions within a call are 32 bits with a sign.
-        limit("tokens of the blocks in a call", spec.blocks() as u64 * shape.block_len() as u64, 1 << 30)?;
-        if let Some(op) = spec.ops().iter().find(|op| !Op::FORWARD.contains(op)) {
-            return Err(Error::no_kernel(*op, dtype, "wgpu"));
-        }
-        let max = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-        let bytes = |elements: usize| (elements as u64).saturating_mul(dtype.bytes() as u64);
-        let ring = call::ring_layout(spec);
-        let ring_bytes = bytes(ring.shape[0] * ring.stride[0]);
-        limit("bytes of the key ring", ring_bytes, max)?;
-        limit("bytes of q", bytes(spec.batch() * spec.rows() * shape.heads() * d), max)?;
-        let attends = spec.ops().contains(&Op::Attend);
-        let scratch_bytes = if attends { attend::scratch_bytes(spec, limits) } else { 0 };
-        limit("bytes of scratch memory", scratch_bytes, max)?;
-        let (block, blocks) = Pool::size(block_words(spec), limits.min_storage_buffer_offset_alignment.into());
-        limit("bytes of a plan's call blocks", block * blocks, max.min(u32::MAX.into()))?;
-        let variant = self.variant().0;
-        let kernel = |&op| (KernelId { backend: "wgpu", op, dtype, variant }, 1);
-        Ok(Support::new(spec.ops().iter().map(kernel).collect()).scratch_bytes(scratch_bytes).ring_bytes(ring_bytes))
+        support(spec, &self.gpu.limits, self.gpu.has_f16)
     }
 
     fn plan(&self, spec: &Spec) -> Result<WgpuPlan> {
