@@ -9,7 +9,9 @@ fn names() -> Vec<String> {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
     let entries = std::fs::read_dir(examples).unwrap().map(|entry| entry.unwrap().path());
     let rust = entries.filter(|path| path.extension().is_some_and(|e| e == "rs") || path.join("main.rs").exists());
-    rust.map(|path| path.file_stem().unwrap().to_str().unwrap().to_owned()).collect()
+    let names = rust.map(|path| path.file_stem().unwrap().to_str().unwrap().to_owned());
+    // What needs a feature is built with it.
+    names.filter(|name| cfg!(feature = "wgpu") || name != "embed_wgpu").collect()
 }
 
 fn run(name: &str, args: &[&str]) -> Output {

@@ -115,12 +115,36 @@ fn bad_case_files_are_refused_in_one_line() {
 
 #[test]
 fn backends_are_never_replaced() {
-    for backend in ["cuda", "wgpu"] {
-        refused(&["run", "--backend", backend], &[backend, "unavailable"]);
-        refused(&["test", "--backend", backend], &[backend, "unavailable"]);
-    }
+    refused(&["run", "--backend", "cuda"], &["cuda", "unavailable"]);
+    refused(&["test", "--backend", "cuda"], &["cuda", "unavailable"]);
     let out = Command::new(env!("CARGO_BIN_EXE_fam")).args(["run"]).env("FAM_ISA", "abacus").output().expect("the program runs");
     assert_eq!(out.status.code(), Some(2));
+}
+
+/// Vulkan's loader is told of drivers that are not there.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_machine_without_adapters() {
+    let fam = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fam"));
+        command.args(args).env_remove("VK_ADD_DRIVER_FILES");
+        let out = ["VK_DRIVER_FILES", "VK_ICD_FILENAMES"].iter().fold(&mut command, |c, name| c.env(name, "/nonexistent")).output();
+        let out = out.expect("the program runs");
+        let [stdout, stderr] = [out.stdout, out.stderr].map(|text| String::from_utf8(text).expect("UTF-8"));
+        (out.status.code(), stdout, stderr)
+    };
+    let (code, stdout, stderr) = fam(&["info"]);
+    assert_eq!((code, stderr.as_str()), (Some(0), ""));
+    assert!(stdout.contains("backend wgpu is unavailable: no adapter found"), "{stdout}");
+    for command in ["run", "test", "perf"] {
+        let (code, _, stderr) = fam(&[command, "--backend", "wgpu"]);
+        assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{command}: {stderr}");
+        assert!(stderr.contains("backend wgpu is unavailable: no adapter found"), "{command}: {stderr}");
+    }
+    // Nobody has asked for it.
+    let (code, stdout, stderr) = fam(&["run", sample().to_str().expect("UTF-8")]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains("no wgpu (no adapter found"), "{stdout}");
 }
 
 #[test]

@@ -256,9 +256,15 @@ impl<'a> Bound<'a> {
         let gate = U32 * 10.0 * (g_a * a.abs() + g_o * o.abs());
         // A share below the least normal number has few digits, and none where exp(|β|) overflows first.
         let small = |g: f64, x: f64| if g < exp2(-126) { (g + exp2(-149)) * x.abs() } else { 0.0 };
-        // Either product may be subnormal.
-        let underflow = small(g_a, a) + small(g_o, o) + exp2(-149);
+        // Either product may be subnormal, and where that is flushed their sum too.
+        let underflow = small(g_a, a) + small(g_o, o) + exp2(-149) + 3.0 * self.flushed_result();
         parts + gate + self.out_dtype.unit_roundoff() * out.abs() + underflow + tiny(self.out_dtype)
+    }
+
+    /// What any result of f32 arithmetic may lose where it takes subnormal numbers for 0. A kernel that rounds probabilities to 16 bits does so in
+    /// its dot products alone, which merge and gate have none of.
+    fn flushed_result(&self) -> f64 {
+        if self.flushes && self.p16.is_none() { exp2(-126) } else { 0.0 }
     }
 
     /// Of a merge of two parts with weights w, whose lse are `difference` apart.
@@ -270,7 +276,9 @@ impl<'a> Bound<'a> {
         let weights = (3.0 * difference + 6.0) * w_a * w_b * (o_a.abs() + o_b.abs());
         // The smaller weight may be subnormal, and each product.
         let underflow = exp2(-148) * (o_a.abs() + o_b.abs()) + exp2(-149);
-        U32 * (sums + weights) + underflow + self.out_dtype.unit_roundoff() * o.abs() + tiny(self.out_dtype)
+        // Where that is flushed, so are they, and the sum.
+        let flush = self.flushed_result() * (3.0 + o_a.abs() + o_b.abs());
+        U32 * (sums + weights) + underflow + flush + self.out_dtype.unit_roundoff() * o.abs() + tiny(self.out_dtype)
     }
 }
 
