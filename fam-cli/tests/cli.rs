@@ -128,7 +128,8 @@ fn a_machine_without_adapters() {
     let fam = |args: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fam"));
         command.args(args).env_remove("VK_ADD_DRIVER_FILES");
-        let out = ["VK_DRIVER_FILES", "VK_ICD_FILENAMES"].iter().fold(&mut command, |c, name| c.env(name, "/nonexistent")).output();
+        let out =
+            ["VK_DRIVER_FILES", "VK_ICD_FILENAMES"].iter().fold(&mut command, |c, name| c.env(name, "/nonexistent")).output();
         let out = out.expect("the program runs");
         let [stdout, stderr] = [out.stdout, out.stderr].map(|text| String::from_utf8(text).expect("UTF-8"));
         (out.status.code(), stdout, stderr)
