@@ -83,7 +83,7 @@ impl Wgpu {
     }
 
     fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<()> {
-        self.gpu.scoped(0, || drop(self.gpu.queue.submit([encoder.finish()])))
+        self.gpu.scoped(0, || self.gpu.queue.submit([encoder.finish()])).map(|_| ())
     }
 
     fn wait(&self) -> Result<()> {
