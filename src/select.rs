@@ -128,6 +128,8 @@ pub fn select(name: BackendName) -> Result<Selection> {
             Ok(backend) if absent.is_empty() => return Ok(Selection { backend, reason: "the first choice of auto".into() }),
             Ok(backend) => return Ok(Selection { backend, reason: format!("auto: {}", absent.join("; ")) }),
             Err(Error::BackendUnavailable { backend, reason }) => absent.push(format!("no {backend} ({reason})")),
+            // `FAM_ISA` names what there is not: the caller is told, and not served by the slower device that there is.
+            Err(error @ Error::Unsupported { .. }) => return Err(error),
             Err(other) => absent.push(other.to_string()),
         }
     }

@@ -20,12 +20,14 @@ impl Messages {
 }
 
 impl log::Log for Messages {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.level() <= log::Level::Warn
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
     }
     fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            self.lock().push(format!("{} {}: {}", record.level(), record.target(), record.args()));
+        let message = format!("{} {}: {}", record.level(), record.target(), record.args());
+        // Where there are no layers to hear from wgpu says that at a lower level.
+        if record.level() <= log::Level::Warn || message.contains("unable to find layer") {
+            self.lock().push(message);
         }
     }
     fn flush(&self) {}
@@ -43,14 +45,15 @@ fn validated(limits: Option<wgpu::Limits>, make: fn(&wgpu::Device, &wgpu::Queue)
     static LOGGER: Once = Once::new();
     LOGGER.call_once(|| {
         log::set_logger(&MESSAGES).expect("the only logger");
-        log::set_max_level(log::LevelFilter::Warn);
     });
+    log::set_max_level(log::LevelFilter::Debug);
     let backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends,
         flags: wgpu::InstanceFlags::VALIDATION,
         ..wgpu::InstanceDescriptor::new_without_display_handle()
     });
+    log::set_max_level(log::LevelFilter::Warn);
     // The one that all other tests take.
     let name = common::adapter().info().name;
     let adapters = pollster::block_on(instance.enumerate_adapters(backends));
