@@ -193,10 +193,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             workgroupBarrier();
             let own = column + tx;
             for (var i = 0u; i < R; i++) {
-                tile[STEP * (ty + 8u * i) + tx] = sign * load4(q_tensor, q_at[i], own, own < COLUMNS);
+                tile[STEP * (ty + 8u * i) + tx] = sign * load4(Q, piece.is_memory, q_at[i], own, own < COLUMNS);
             }
             for (var j = 0u; j < 4u; j++) {
-                let x = load4(k_tensor, k_first + key_row[j] * k_place.row, own, is_loaded[j] && own < COLUMNS);
+                let x = load4(K, in_memory, k_first + key_row[j] * k_place.row, own, is_loaded[j] && own < COLUMNS);
                 tile[STEP * (BLOCK_M + ty + 8u * j) + (tx ^ ty)] = x;
             }
             workgroupBarrier();
@@ -238,7 +238,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             for (var j = 0u; j < 4u; j++) {
                 for (var half = 0u; half < 2u; half++) {
                     let own = 16u * chunk + 8u * half + tx;
-                    let x = load4(k_tensor + 1u, v_first + key_row[j] * v_place.row, own, is_loaded[j] && own < COLUMNS);
+                    let x = load4(V, in_memory, v_first + key_row[j] * v_place.row, own, is_loaded[j] && own < COLUMNS);
                     tile[16u * (ty + 8u * j) + 8u * half + tx] = x;
                 }
             }

@@ -17,46 +17,6 @@ var<workgroup> logits: array<vec4<f32>, QUADS * TILE>;     // [four rows][key]
 var<workgroup> weights: array<vec4<f32>, QUADS * TILE>;    // [four rows][key]
 var<workgroup> factors: array<vec4<f32>, QUADS>;
 
-fn words2(of_values: bool, in_memory: bool, i: u32, j: u32) -> vec2<u32> {
-    if (of_values) {
-        if (in_memory) {
-            return vec2(mem_v[i], mem_v[j]);
-        }
-        return vec2(v[i], v[j]);
-    }
-    if (in_memory) {
-        return vec2(mem_k[i], mem_k[j]);
-    }
-    return vec2(k[i], k[j]);
-}
-
-// The words of a column of the row at `at`: nothing is made of them yet, so that many can be on their way. Words beyond the row are not read.
-fn ask(of_values: bool, in_memory: bool, at: u32, column: u32) -> vec4<u32> {
-    let last = word(DTYPE, at + HEAD_DIM - 1u);
-    let first = word(DTYPE, at + 4u * column);
-    let words = vec4(words2(of_values, in_memory, first, min(first + 1u, last)), 0u, 0u);
-    // Two elements to a word, a row that begins with the second of one has a third.
-    if (DTYPE == F32 || (at & 1u) == 1u) {
-        return vec4(words.xy, words2(of_values, in_memory, min(first + 2u, last), min(first + 3u, last)));
-    }
-    return words;
-}
-
-// Their elements; channels beyond the head are 0.
-fn widen(words: vec4<u32>, at: u32, column: u32) -> vec4<f32> {
-    var x = bitcast<vec4<f32>>(words);
-    if (DTYPE != F32) {
-        let is_odd = (at & 1u) == 1u;
-        let low = select(words.x, (words.x >> 16u) | (words.y << 16u), is_odd);
-        let high = select(words.y, (words.y >> 16u) | (words.z << 16u), is_odd);
-        x = vec4(half(DTYPE, low, 0u), half(DTYPE, low, 1u), half(DTYPE, high, 0u), half(DTYPE, high, 1u));
-    }
-    if (HEAD_DIM % 4u == 0u) {
-        return x;
-    }
-    return select(vec4(0.0), x, vec4(4u * column) + vec4(0u, 1u, 2u, 3u) < vec4(HEAD_DIM));
-}
-
 @compute @workgroup_size(THREADS)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     var number = group_number(workgroup);
@@ -81,7 +41,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         for (var r = 0u; r < 4u; r++) {
             x[r] = vec4(0.0);
             if (4u * quad + r < rows) {
-                x[r] = sign * load4(Q, row_place(q_tensor, piece, piece.first + 4u * quad + r), column, true);
+                x[r] = sign * load4(Q, false, row_place(q_tensor, piece, piece.first + 4u * quad + r), column, true);
             }
         }
         for (var c = 0u; c < 4u; c++) {
@@ -154,7 +114,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             key_at[j] = k_first + cache_row(in_memory, piece, s, x) * k_tensor.row;
             for (var i = 0u; i < KEY_COLUMNS; i++) {
                 if (lane + LANES * i < COLUMNS) {
-                    key_words[j * KEY_COLUMNS + i] = ask(false, in_memory, key_at[j], lane + LANES * i);
+                    key_words[j * KEY_COLUMNS + i] = ask(K, in_memory, key_at[j], lane + LANES * i);
                 }
             }
         }
@@ -164,7 +124,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             for (var j = 0u; j < VALUES; j++) {
                 let x = clamp(x0 + i32(value_slot + VALUE_SLOTS * j), some.x, some.y - 1);
                 value_at[j] = v_first + cache_row(in_memory, piece, s, x) * v_tensor.row;
-                value_words[j] = ask(true, in_memory, value_at[j], value_column);
+                value_words[j] = ask(V, in_memory, value_at[j], value_column);
             }
         }
 

@@ -11,15 +11,24 @@
 @group(1) @binding(8) var<storage, read_write> mem_o: array<atomic<u32>>;
 @group(1) @binding(9) var<storage, read_write> mem_lse: array<u32>;
 
-fn fetch(which: u32, i: u32) -> u32 {
-    switch which {
-        case Q: { return q[i]; }
-        case MemQ: { return mem_q[i]; }
-        case K: { return k[i]; }
-        case V: { return v[i]; }
-        case MemK: { return mem_k[i]; }
-        default: { return mem_v[i]; }
+// Words i and j of q, k or v: of memory rows, or of tokens.
+fn words2(which: u32, in_memory: bool, i: u32, j: u32) -> vec2<u32> {
+    if (which == Q) {
+        if (in_memory) {
+            return vec2(mem_q[i], mem_q[j]);
+        }
+        return vec2(q[i], q[j]);
     }
+    if (which == K) {
+        if (in_memory) {
+            return vec2(mem_k[i], mem_k[j]);
+        }
+        return vec2(k[i], k[j]);
+    }
+    if (in_memory) {
+        return vec2(mem_v[i], mem_v[j]);
+    }
+    return vec2(v[i], v[j]);
 }
 
 fn put(which: u32, i: u32, w: u32) {
