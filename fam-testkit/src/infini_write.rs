@@ -121,7 +121,7 @@ fn segment(
     };
     let rule = case.shape.infini().unwrap_or(InfiniRule::Linear);
     let expected = fam_ref::infini_write(rule, &rows(Role::K), &rows(Role::V), &m0, &z0)?;
-    let [of_m, of_z] = infini_write(b as usize, &expected);
+    let [of_m, of_z] = infini_write(b as usize, &expected, checker.bound.flushed_result());
     for x in 0..d * d {
         checker.element(at_m(x), m1[x], expected.m[x], Rule::Near(of_m[x]), false, None);
     }

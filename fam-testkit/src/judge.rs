@@ -337,7 +337,7 @@ impl InfiniReference {
                 }
             }
         }
-        let [of_m, of_z] = infini_write(count, &written);
+        let [of_m, of_z] = infini_write(count, &written, 0.0);
         let magnitudes = [&mut self.m_magnitude, &mut self.z_magnitude];
         for ((state, magnitudes), of) in [&mut self.m, &mut self.z].into_iter().zip(magnitudes).zip([&of_m, &of_z]) {
             let errors = state[1].row_mut(&kv).iter_mut().zip(magnitudes.row_mut(&kv));

@@ -263,7 +263,7 @@ impl<'a> Bound<'a> {
 
     /// What any result of f32 arithmetic may lose where it takes subnormal numbers for 0. A kernel that rounds probabilities to 16 bits does so in
     /// its dot products alone, which merge and gate have none of.
-    fn flushed_result(&self) -> f64 {
+    pub(crate) fn flushed_result(&self) -> f64 {
         if self.flushes && self.p16.is_none() { exp2(-126) } else { 0.0 }
     }
 
@@ -310,19 +310,20 @@ pub fn infini_read(d: usize, magnitude: f64, a: f64) -> f64 {
 }
 
 /// Of the elements of m' and z' after a segment of n tokens that was summed apart and added to the old state once. Where σ(k) is subnormal
-/// it has an absolute error, of at most 2⁻¹⁴⁹, and each product may underflow.
-pub fn infini_write(n: usize, written: &Written) -> [Vec<Tolerance>; 2] {
+/// it has an absolute error, of at most 2⁻¹⁴⁹, and each product may underflow. `lost`: what any result may lose beside that, where arithmetic takes
+/// subnormal numbers for 0.
+pub fn infini_write(n: usize, written: &Written, lost: f64) -> [Vec<Tolerance>; 2] {
     let (n, d) = (n as f64, written.z.len());
     let m = (0..d * d).map(|at| {
         let [m, s_v, s_read, s_diff] = [written.m[at].abs(), written.s_v[at], written.s_read[at], written.s_diff[at]];
         let sum = U32 * ((n + 8.0) * s_v + m);
         // 0 with the linear rule.
         let delta = infini_read(d, s_read, 0.0) + U32 * (n + 9.0) * s_diff;
-        let underflow = exp2(-149) * (n + written.diff[at % d]);
+        let underflow = (exp2(-149) + lost) * (n + written.diff[at % d]) + lost * (n + 1.0);
         Tolerance { bound: sum + delta + underflow, magnitude: m + s_v + s_read }
     });
     let z = written.z.iter().zip(&written.s_sum).map(|(z, s_sum)| {
-        let bound = U32 * ((n + 6.0) * s_sum + z) + exp2(-149) * n;
+        let bound = U32 * ((n + 6.0) * s_sum + z) + exp2(-149) * n + lost * (2.0 * n + 1.0);
         Tolerance { bound, magnitude: z + s_sum }
     });
     [m.collect(), z.collect()]

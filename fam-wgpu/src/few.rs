@@ -1,7 +1,6 @@
 //! Rows of a block of which a call has few, as in decode: at most [`FEW_ROWS`], query heads of a group folded into rows.
 //!
-//! A workgroup is one stream, one such block, one kv head and one split of the keys; a second dispatch joins the splits in their order, where the
-//! shape has more than one. Which rows are few is seen in the shaders, stream by stream, since spans may be the device's. Tiles of keys lie where
+//! A workgroup is one stream, one such block, one kv head and one split of the keys; a second dispatch joins the splits in their order. Which rows are few is seen in the shaders, stream by stream, since spans may be the device's. Tiles of keys lie where
 //! the row's block puts them, tile t is split t mod `splits`, and what a row does not see leaves its bits as they are: so they are those of the
 //! token alone, as one of a draft, in any batch, from a ring or a linear cache, and any window, however far it goes, keeps all splits busy.
 
@@ -15,7 +14,7 @@ use fam_core::{Plan, Result, Spec};
 pub(crate) struct Kernels {
     tile: FewTile,
     split: Kernel,
-    join: Option<Kernel>,
+    join: Kernel,
 }
 
 macro_rules! text {
@@ -30,10 +29,8 @@ macro_rules! text {
     };
 }
 
-/// What leaves all that there is, where the shape has one split, or parts.
 const SPLIT: Shader =
-    Shader { name: "few_split", text: text!("few_split.wgsl"), tensors: &[T::Q, T::O, T::Lse, T::K, T::V, T::MemK, T::MemV] };
-const SPLIT_INTO_PARTS: Shader = Shader { tensors: &[T::Q, T::Parts, T::Lse, T::K, T::V, T::MemK, T::MemV], ..SPLIT };
+    Shader { name: "few_split", text: text!("few_split.wgsl"), tensors: &[T::Q, T::Parts, T::Lse, T::K, T::V, T::MemK, T::MemV] };
 /// The parts take the place of q.
 const JOIN: Shader =
     Shader { name: "few_join", text: text!("few_join.wgsl"), tensors: &[T::Parts, T::O, T::Lse, T::K, T::V, T::MemK, T::MemV] };
@@ -41,17 +38,15 @@ const JOIN: Shader =
 impl Kernels {
     pub fn new(gpu: &Gpu, spec: &Spec) -> Result<Option<Self>> {
         let Some(tile) = FewTile::of(spec, &gpu.limits) else { return Ok(None) };
-        let FewTile { quads, value_lanes, splits, .. } = tile;
-        let (shape, is_whole) = (spec.shape(), splits == 1);
+        let FewTile { quads, value_lanes, .. } = tile;
+        let shape = spec.shape();
         let constants = format!(
-            "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst FEW_ROWS = {FEW_ROWS}u;\n\
-             const QUADS = {quads}u;\nconst VALUE_LANES = {value_lanes}u;\nconst IS_WHOLE = {is_whole};\n",
+            "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst FEW_ROWS = {FEW_ROWS}u;\n",
             shape.head_dim(),
             code(shape.dtype()),
         );
-        let split = gpu.kernel(if is_whole { SPLIT } else { SPLIT_INTO_PARTS }, &constants)?;
-        let join = (!is_whole).then(|| gpu.kernel(JOIN, &constants)).transpose()?;
-        Ok(Some(Kernels { tile, split, join }))
+        let sizes = format!("{constants}const QUADS = {quads}u;\nconst VALUE_LANES = {value_lanes}u;\n");
+        Ok(Some(Kernels { tile, split: gpu.kernel(SPLIT, &sizes)?, join: gpu.kernel(JOIN, &constants)? }))
     }
 
     /// Floats of scratch memory of the largest call.
@@ -60,7 +55,7 @@ impl Kernels {
     }
 
     /// The dispatches of a call whose tensors are named, but for the parts, which are `parts` of it.
-    pub fn dispatches(&self, call: &mut Call<'_>) -> Vec<Dispatch<'_>> {
+    pub fn dispatches(&self, call: &mut Call<'_>) -> [Dispatch<'_>; 2] {
         let FewTile { splits, rows, blocks, .. } = self.tile;
         let shape = call.plan.spec().shape();
         let blocks = blocks.min(call.max_blocks);
@@ -71,8 +66,9 @@ impl Kernels {
         }
         let heads = (call.batch() * shape.kv_heads() * blocks) as u64;
         let threads = heads * (rows * shape.head_dim().div_ceil(4)) as u64;
-        let split = Dispatch { kernel: &self.split, groups: heads * (splits * tiles) as u64 };
-        let join = self.join.as_ref().map(|kernel| Dispatch { kernel, groups: threads.div_ceil(64) });
-        std::iter::once(split).chain(join).collect()
+        [
+            Dispatch { kernel: &self.split, groups: heads * (splits * tiles) as u64 },
+            Dispatch { kernel: &self.join, groups: threads.div_ceil(64) },
+        ]
     }
 }

@@ -39,3 +39,13 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     write_row(piece, row, column, x, has_keys, row_max, sum);
 }
+
+// Four channels of a row, whose other threads have the others.
+fn write_row(piece: Piece, row: u32, column: u32, x: vec4<f32>, has_keys: bool, row_max: f32, sum: f32) {
+    let end = row_end(piece, row, has_keys, row_max, sum);
+    if (column == 0u) {
+        write_lse(piece, row, end);
+    }
+    let out = tensor(O);
+    store4(O, out.dtype, row_place(out, piece, row), column, select(vec4(0.0), x * end.weight, has_keys));
+}

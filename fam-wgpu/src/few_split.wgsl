@@ -251,24 +251,19 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         for (var i = 0u; i < TILE; i++) {
             sum += logits[(r / 4u) * TILE + i][r % 4u];
         }
-        leave(piece, number, split, piece.first + r, at % COLUMNS, qs[at], factors[r / 4u][r % 4u], sum);
+        leave(number, split, piece.first + r, at % COLUMNS, qs[at], factors[r / 4u][r % 4u], sum);
     }
 }
 
-// A row's column of the split: all that there is, or a part of it.
-fn leave(piece: Piece, number: u32, split: u32, row: u32, column: u32, x: vec4<f32>, row_max: f32, sum: f32) {
-    // The largest logit weighs 1.
-    let has_keys = sum > 0.0;
-    if (IS_WHOLE) {
-        write_row(piece, row, column, x, has_keys, row_max, sum);
-        return;
-    }
+// A row's column of the split.
+fn leave(number: u32, split: u32, row: u32, column: u32, x: vec4<f32>, row_max: f32, sum: f32) {
     let at = part_place(number, row, split);
     if (column == 0u) {
         put(Parts, at, bitcast<u32>(row_max));
         put(Parts, at + 1u, bitcast<u32>(sum));
     }
-    for (var c = 0u; has_keys && c < min(4u, HEAD_DIM - 4u * column); c++) {
+    // The largest logit weighs 1: without keys the sum is 0, and nothing else is looked at.
+    for (var c = 0u; sum > 0.0 && c < min(4u, HEAD_DIM - 4u * column); c++) {
         put(Parts, at + 2u + 4u * column + c, bitcast<u32>(x[c]));
     }
 }

@@ -61,7 +61,7 @@ impl FewTile {
         // Of four rows: q, eight lanes' products for each key, its logits and weights, and a factor.
         let bytes = |quads: &usize| 16 * quads * (4 * columns + 10 * 32 + 1);
         let fits = |quads: &usize| bytes(quads) <= limits.max_compute_workgroup_storage_size as usize;
-        let quads = [4, 2, 1].into_iter().filter(|quads| *quads < 2 * rows.div_ceil(4)).find(fits)?;
+        let quads = if rows <= 4 { 1 } else { [4, 2, 1].into_iter().find(fits)? };
         Some(FewTile { quads, value_lanes: columns.next_power_of_two().max(4), splits: splits(shape), rows, blocks })
     }
 
@@ -72,8 +72,8 @@ impl FewTile {
 
     /// Floats that splits leave of a call's few rows.
     pub fn parts(self, spec: &Spec) -> u64 {
-        let (shape, splits) = (spec.shape(), if self.splits == 1 { 0 } else { self.splits });
-        let sizes = [spec.batch(), shape.kv_heads(), self.blocks, self.rows, splits, shape.head_dim() + 2];
+        let shape = spec.shape();
+        let sizes = [spec.batch(), shape.kv_heads(), self.blocks, self.rows, self.splits, shape.head_dim() + 2];
         sizes.iter().fold(1, |product: u64, &size| product.saturating_mul(size as u64))
     }
 }

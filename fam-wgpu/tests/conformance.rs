@@ -104,11 +104,10 @@ impl Harness for OnCpu {
 fn all_limits_and_the_cpu_beside() {
     let gpu = validated(None, Wgpu::new);
     assert_eq!(variants(&gpu), ["wide"; 5]);
-    let here = conform(&gpu, 1, 1000);
-    let cpu = conform(&OnCpu(Cpu::new().expect("the CPU").with_threads(1)), 1, 1000);
+    let here = conform(&gpu, 1, 1400);
+    let cpu = conform(&OnCpu(Cpu::new().expect("the CPU").with_threads(1)), 1, 1400);
     // What WGSL leaves unspecified beside numbers that are not finite is compared on the CPU alone.
-    assert!(here.compared > 1_000_000 && here.compared <= cpu.compared, "{} and {} elements", here.compared, cpu.compared);
-    println!("{here}");
+    assert!(here[0] == cpu[0] && here[0] >= 1000 && here[1] > 1_000_000 && here[1] <= cpu[1], "{here:?} and {cpu:?}");
     assert_silent();
 }
 
@@ -116,12 +115,12 @@ fn all_limits_and_the_cpu_beside() {
 fn the_least_limits() {
     let gpu = validated(Some(least()), Wgpu::new);
     assert_eq!(variants(&gpu), ["baseline"; 5]);
-    println!("{}", conform(&gpu, 2, 120));
+    assert!(conform(&gpu, 2, 120)[1] > 100_000);
     assert_silent();
 }
 
 #[test]
 fn unchecked_shaders() {
-    println!("{}", conform(&validated(None, Wgpu::unchecked), 3, 120));
+    assert!(conform(&validated(None, Wgpu::unchecked), 3, 120)[1] > 100_000);
     assert_silent();
 }

@@ -4,7 +4,7 @@
 pub mod rows;
 
 use fam_core::{Device, Dtype, Result};
-use fam_testkit::{Harness, Level, Limits, NanReach, Queue, Report, SuiteOptions, run_suite};
+use fam_testkit::{Budget, Filter, Harness, Level, Limits, NanReach, Queue, SuiteOptions, run_suite};
 use fam_wgpu::{Adapter, Wgpu};
 
 /// The first adapter. Without one nothing here could be tested.
@@ -47,17 +47,31 @@ impl Harness for Gpu {
     }
 }
 
-/// Generated cases of the forward ops, every one right.
-pub fn conform(h: &(impl Harness + Sync), seed: u64, cases: u64) -> Report {
-    let options = SuiteOptions {
-        seed,
-        budget: fam_testkit::Budget::Cases(cases),
-        level: Level::Hard,
-        threads: 2,
-        ..SuiteOptions::default()
-    };
-    let report = run_suite(h, &options, &mut |_| ());
-    assert!(report.is_ok(), "{report}");
-    assert_eq!((report.passed, &report.skipped), (cases, &Default::default()), "{report}");
-    report
+/// Head dims of the cases that are run: those of the generator with every remainder by four, and each number of chunks of 64 channels.
+const HEAD_DIMS: [usize; 6] = [7, 31, 64, 80, 111, 256];
+
+/// About so many generated cases of the forward ops, every one right: how many there were, and how many elements were compared. Cases of one head dim come together: Mesa
+/// forgets compiled shaders when they are many.
+pub fn conform(h: &(impl Harness + Sync), seed: u64, cases: u64) -> [u64; 2] {
+    // The generator draws one of fourteen head dims.
+    let tried = cases * 14 / HEAD_DIMS.len() as u64;
+    let mut done = [0; 2];
+    for d in HEAD_DIMS {
+        let filter = Filter { text: format!(" D={d} "), ..Filter::default() };
+        let options = SuiteOptions {
+            seed,
+            budget: Budget::Cases(tried),
+            filter,
+            level: Level::Hard,
+            threads: 2,
+            ..SuiteOptions::default()
+        };
+        let report = run_suite(h, &options, &mut |_| ());
+        assert!(report.is_ok(), "{report}");
+        assert!(report.passed > 0 && report.skipped.is_empty(), "{report}");
+        done = [done[0] + report.passed, done[1] + report.compared];
+    }
+    println!("{} cases, {} elements", done[0], done[1]);
+    assert!(done[0] >= cases * 3 / 4, "{} cases", done[0]);
+    done
 }
