@@ -9,11 +9,12 @@ fn on_device(f: &str, x: &[f32]) -> Vec<f32> {
     let wgpu = pollster::block_on(adapter.open(None)).expect("a device");
     let device = wgpu.device();
     let text = format!(
-        "const call = array<u32, 1>();\nconst MAX_GROUPS = 1u;\n{}
+        "const call = array<u32, 1>();\nconst MAX_GROUPS = 1u;\n{}{}
          @group(0) @binding(0) var<storage, read_write> x: array<f32>;
          @compute @workgroup_size(64)
          fn main(@builtin(global_invocation_id) id: vec3<u32>) {{ if (id.x < arrayLength(&x)) {{ x[id.x] = {f}; }} }}",
-        include_str!("../src/common.wgsl")
+        include_str!("../src/common.wgsl"),
+        include_str!("../src/f16_bits.wgsl")
     );
     let module =
         device.create_shader_module(wgpu::ShaderModuleDescriptor { label: None, source: wgpu::ShaderSource::Wgsl(text.into()) });
