@@ -52,6 +52,8 @@ pub(crate) fn append(
     let Some(kernels) = &plan.append else { return Ok(()) };
     let caches =
         Caches { mem_entries: args.mem_rows.as_ref().map(|mem| mem.to_k.layout.shape[1]), writes: Writes::Rows, ..Caches::NONE };
+    // Both calls are made before either is enqueued: what is refused has enqueued nothing.
+    let mut calls = Vec::with_capacity(2);
     if let Some(rows) = &args.rows {
         let mut call = Call::new(plan, &args.spans, caches)?;
         call.input(T::Q, &rows.k)?;
@@ -59,7 +61,7 @@ pub(crate) fn append(
         call.ring(rows.ring)?;
         let most = call.max_rows;
         let groups = groups(&mut call, 1, most);
-        enqueue(&call, encoder, &[Dispatch { kernel: &kernels.rows, groups }])?;
+        calls.push((call, Dispatch { kernel: &kernels.rows, groups }));
     }
     if let Some(mem) = &args.mem_rows {
         let mut call = Call::new(plan, &args.spans, caches)?;
@@ -69,9 +71,9 @@ pub(crate) fn append(
         call.output(T::MemV, &mem.to_v)?;
         let most = call.max_blocks.max(1);
         let groups = groups(&mut call, most, plan.spec().shape().mem_len());
-        enqueue(&call, encoder, &[Dispatch { kernel: &kernels.mem_rows, groups }])?;
+        calls.push((call, Dispatch { kernel: &kernels.mem_rows, groups }));
     }
-    Ok(())
+    calls.into_iter().try_for_each(|(call, dispatch)| enqueue(&call, encoder, &[dispatch]))
 }
 
 /// [`fam_core::Device::read_ring`].

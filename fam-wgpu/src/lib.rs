@@ -4,8 +4,8 @@
 //! buffers ([`Region`]). They submit nothing, wait for nothing and make no device memory but what the queue's own `write_buffer` takes for some
 //! hundred bytes. What the encoder holds when it is submitted is done in order; a step that is never submitted has done nothing.
 //!
-//! wgpu counts references: a borrow of a [`Region`] may end before the work does. A plan remembers the bind groups of its calls, and with them
-//! some hundred buffers, for the life of the [`Wgpu`].
+//! wgpu counts references: a borrow of a [`Region`] may end before the work does. A [`Wgpu`] remembers the bind groups of its calls, and with them
+//! some hundred buffers, as long as it lives.
 //!
 //! WGSL may assume that numbers are finite, and take subnormal ones for 0. So a NaN or an infinity in a key or value leaves the rows of the call
 //! that see it, or share a tile with one that does, unspecified; other rows do not change in a bit, and what no row sees has no effect.
