@@ -1,5 +1,6 @@
-//! `attend` on the first adapter of this machine beside a plain product of matrices in WGSL, turn by turn in one run: GFLOP/s of both, and the
-//! ratio. A call is one submission and the wait for it; a product and an addition are two FLOP, and only visible pairs of row and key count.
+//! `attend` on the first adapter of this machine beside a plain product of matrices in WGSL, and beside itself without the device's optional
+//! features, turn by turn in one run: GFLOP/s, and ratios. A call is one submission and the wait for it; a product and an addition are two FLOP,
+//! and only visible pairs of row and key count.
 
 use benches::{LAYERS, Layer, values};
 use fam::wgpu::{Region, Wgpu, adapters, wgpu};
@@ -17,22 +18,43 @@ fn main() -> Result<()> {
         return Ok(());
     };
     let wgpu = pollster::block_on(adapter.open(None))?;
-    let (mut product, mut attend) = (Product::new(&wgpu)?, Step::new(&wgpu, &LAYERS[0])?);
-    let mut seconds = [Vec::new(), Vec::new()];
+    // All limits, but no features.
+    let plain = pollster::block_on(adapter.open(Some(adapter.limits())))?;
+    let [step, decode] = [(&LAYERS[0], LAYERS[0].block_len), (&LAYERS[1], 1)];
+    let mut product = Product::new(&wgpu)?;
+    let mut calls = [(&wgpu, step), (&plain, step), (&wgpu, decode), (&plain, decode)]
+        .into_iter()
+        .map(|(wgpu, (layer, tokens))| Step::new(wgpu, layer, tokens))
+        .collect::<Result<Vec<_>>>()?;
+    // The first calls take shaders in.
+    product.run()?;
+    calls.iter_mut().try_for_each(Step::run)?;
+    let mut seconds = [const { Vec::new() }; 5];
     for _ in 0..rounds {
-        seconds[0].push(timed(|| product.run())?);
-        seconds[1].push(timed(|| attend.run())?);
+        seconds[4].push(timed(|| product.run())?);
+        for (call, seconds) in calls.iter_mut().zip(&mut seconds) {
+            seconds.push(timed(|| call.run())?);
+        }
     }
     product.check()?;
-    let [product_speed, attend_speed] =
-        [(&seconds[0], product.flop()), (&seconds[1], attend.flop())].map(|(seconds, flop)| flop / median(seconds) / 1e9);
-    let mut ratios: Vec<f64> =
-        seconds[0].iter().zip(&seconds[1]).map(|(p, a)| attend.flop() / a / (product.flop() / p)).collect();
-    let ratio = median(&ratios);
-    ratios.sort_by(f64::total_cmp);
-    println!("{}: matmul {product_speed:.2} GFLOP/s, attend {attend_speed:.2} GFLOP/s", adapter.info().name);
-    println!("attend / matmul: {ratio:.2} (from {:.2} to {:.2} over {rounds} rounds)", ratios[0], ratios[ratios.len() - 1]);
+    let [step, plain_step, decode, plain_decode, matmul] = &seconds;
+    println!("{}: matmul {:.2} GFLOP/s", adapter.info().name, product.flop() / median(matmul) / 1e9);
+    for (name, call, seconds, plain_seconds) in
+        [("step", &calls[0], step, plain_step), ("decode", &calls[2], decode, plain_decode)]
+    {
+        println!("{name}, {}: {:.2} GFLOP/s", wgpu.variant().0, call.flop() / median(seconds) / 1e9);
+        ratio(&format!("{name} / matmul, GFLOP/s"), matmul, seconds, call.flop() / product.flop());
+        ratio(&format!("{name}, {} / {}, GFLOP/s", wgpu.variant().0, plain.variant().0), plain_seconds, seconds, 1.0);
+    }
     Ok(())
+}
+
+/// `factor` times the ratio of what was measured in the same round.
+fn ratio(what: &str, dividends: &[f64], divisors: &[f64], factor: f64) {
+    let mut ratios: Vec<f64> = dividends.iter().zip(divisors).map(|(a, b)| factor * a / b).collect();
+    let median = median(&ratios);
+    ratios.sort_by(f64::total_cmp);
+    println!("{what}: {median:.2} (from {:.2} to {:.2} over {} rounds)", ratios[0], ratios[ratios.len() - 1], ratios.len());
 }
 
 fn timed(run: impl FnOnce() -> Result<()>) -> Result<f64> {
@@ -122,11 +144,12 @@ impl<'w> Product<'w> {
     }
 }
 
-/// The block rows of one block that sees the block before, all heads.
+/// The last rows of a block that sees its window, all heads.
 struct Step<'w> {
     wgpu: &'w Wgpu,
     plan: <Wgpu as Backend>::Plan,
     layer: &'w Layer,
+    tokens: usize,
     q: Region,
     k: Region,
     v: Region,
@@ -135,31 +158,36 @@ struct Step<'w> {
 }
 
 impl<'w> Step<'w> {
-    fn new(wgpu: &'w Wgpu, layer: &'w Layer) -> Result<Self> {
-        let spec = layer.shape(Dtype::F32).build()?.spec(1, layer.block_len).ops(&[Op::Attend]).build()?;
+    fn new(wgpu: &'w Wgpu, layer: &'w Layer, tokens: usize) -> Result<Self> {
+        let spec = layer.shape(Dtype::F32).build()?.spec(1, tokens).ops(&[Op::Attend]).build()?;
         let plan = wgpu.plan(&spec)?;
-        let [q, kv] = [layer.block_len * layer.heads, 2 * layer.block_len * layer.kv_heads].map(|rows| rows * layer.head_dim);
+        let [q, kv] = [tokens * layer.heads, keys(layer) * layer.kv_heads].map(|rows| rows * layer.head_dim);
         let [q, k, v] = [("q", q), ("k", kv), ("v", kv)].map(|(name, len)| upload(wgpu, &values::<f32>(name, len)));
         let (q, k, v, scratch) = (q?, k?, v?, wgpu.alloc(plan.support().scratch_bytes)?);
         let o = wgpu.alloc(q.range().end)?;
-        Ok(Step { wgpu, plan, layer, q, k, v, o, scratch })
+        Ok(Step { wgpu, plan, layer, tokens, q, k, v, o, scratch })
     }
 
     fn flop(&self) -> f64 {
-        let block = self.layer.block_len;
-        let pairs: usize = (0..block).map(|row| block + row + 1).sum();
+        let most = keys(self.layer);
+        let pairs: usize = (most - self.tokens + 1..=most).sum();
         (4 * self.layer.head_dim * self.layer.heads * pairs) as f64
     }
 
     fn run(&mut self) -> Result<()> {
-        let Layer { heads, kv_heads, head_dim, block_len, .. } = *self.layer;
-        let [q, kv] = [[1, block_len, heads, head_dim], [1, 2 * block_len, kv_heads, head_dim]]
-            .map(|sizes| Layout::tokens(Dtype::F32, sizes));
-        let span = [Span::new(0, block_len as u64, block_len as u32)];
+        let (Layer { heads, kv_heads, head_dim, .. }, most) = (*self.layer, keys(self.layer));
+        let [q, kv] =
+            [[1, self.tokens, heads, head_dim], [1, most, kv_heads, head_dim]].map(|sizes| Layout::tokens(Dtype::F32, sizes));
+        let span = [Span::new(0, (most - self.tokens) as u64, self.tokens as u32)];
         let keys = Keys::Strided { k: View::new(&self.k, kv), v: View::new(&self.v, kv) };
         let rows = Rows::new(View::new(&self.q, q), ViewMut::new(&mut self.o, q));
         let mut encoder = encoder(self.wgpu);
         self.wgpu.attend(&self.plan, &mut encoder, Attend::new(Spans::Host(&span), keys).rows(rows), &mut self.scratch)?;
         self.wgpu.synchronize(&mut encoder)
     }
+}
+
+/// Keys that the last row of the block sees.
+fn keys(layer: &Layer) -> usize {
+    (layer.window_blocks + 1) * layer.block_len
 }

@@ -12,7 +12,8 @@ const adapter = await gpu.requestAdapter();
 if (!adapter) throw new Error('no adapter');
 const { maxStorageBuffersPerShaderStage, maxComputeWorkgroupStorageSize, maxComputeInvocationsPerWorkgroup, maxComputeWorkgroupSizeX } = adapter.limits;
 const requiredLimits = { maxStorageBuffersPerShaderStage, maxComputeWorkgroupStorageSize, maxComputeInvocationsPerWorkgroup, maxComputeWorkgroupSizeX };
-const device = await adapter.requestDevice({ requiredLimits });
+const requiredFeatures = ['subgroups'];
+const device = await adapter.requestDevice({ requiredLimits, requiredFeatures });
 console.log(adapter.info.description, adapter.info.device, requiredLimits);
 
 let compiled = 0, failed = 0;

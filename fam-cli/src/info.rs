@@ -113,7 +113,10 @@ fn markdown(report: &Report) -> Result<(), Failure> {
             let spec = whole_contract(op, dtype)?;
             match name {
                 BackendName::Cpu => cpu.support(&spec),
-                BackendName::Wgpu => fam::wgpu::support(&spec, &fam::wgpu::wgpu::Limits::default(), false),
+                BackendName::Wgpu => {
+                    use fam::wgpu::wgpu::{Features, Limits};
+                    fam::wgpu::support(&spec, &Limits::default(), Features::empty())
+                }
                 _ => Err(fam::Error::no_kernel(op, dtype, name.name())),
             }
         };

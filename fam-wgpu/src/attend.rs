@@ -71,9 +71,10 @@ impl Kernels {
             let constants = format!(
                 "const HEAD_DIM = {}u;\nconst DTYPE = {}u;\nconst BLOCK_M = {block_m}u;\n\
                  const FEW_ROWS = {FEW_ROWS}u;\nconst ROW_TILES = RowTiles;\n\
-                 const HAS_ROWS = {has_rows};\nconst HAS_MEM_ROWS = {has_mem_rows};\n",
+                 const HAS_ROWS = {has_rows};\nconst HAS_MEM_ROWS = {has_mem_rows};\n{}",
                 shape.head_dim(),
                 code(shape.dtype()),
+                gpu.lanes(),
             );
             gpu.kernel(shader, &constants)
         };

@@ -146,6 +146,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let tx = local.x;
     let ty = local.y;
     let thread = ty * 8u + tx;
+    let in_lanes = are_lanes(thread);
     let sign = bitcast<f32>(size(Sign));
     // Of what the workgroup loads, the thread has column tx of each step, of rows and keys ty, ty + 8, ..
     let q_tensor = select(Q, MemQ, piece.is_memory);
@@ -213,16 +214,25 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             }
         }
 
-        partial[thread * FOURS] = largest(&low, keys, tx);
+        let own_low = largest(&low, keys, tx);
+        var own_high = own_low;
         if (FOURS == 2u) {
-            partial[thread * FOURS + 1u] = largest(&high, keys, tx);
+            own_high = largest(&high, keys, tx);
+        }
+        var most_low = largest_of_lanes(own_low);
+        var most_high = largest_of_lanes(own_high);
+        if (!in_lanes) {
+            partial[thread * FOURS] = own_low;
+            partial[thread * FOURS + FOURS - 1u] = own_high;
         }
         workgroupBarrier();
-        var most_low = partial[ty * 8u * FOURS];
-        var most_high = partial[ty * 8u * FOURS + FOURS - 1u];
-        for (var i = 1u; i < 8u; i++) {
-            most_low = max(most_low, partial[(ty * 8u + i) * FOURS]);
-            most_high = max(most_high, partial[(ty * 8u + i) * FOURS + FOURS - 1u]);
+        if (!in_lanes) {
+            most_low = partial[ty * 8u * FOURS];
+            most_high = partial[ty * 8u * FOURS + FOURS - 1u];
+            for (var i = 1u; i < 8u; i++) {
+                most_low = max(most_low, partial[(ty * 8u + i) * FOURS]);
+                most_high = max(most_high, partial[(ty * 8u + i) * FOURS + FOURS - 1u]);
+            }
         }
         let factor_low = weigh(&low, keys, most_low, tx, (tx * 8u + ty) * FOURS);
         var factor_high = vec4(1.0);

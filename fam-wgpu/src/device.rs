@@ -1,6 +1,6 @@
 //! Adapters of this machine, and the [`fam_core::Device`] that streams, tests and the command line need.
 
-use crate::pipeline::lock;
+use crate::pipeline::{self, lock};
 use crate::{Region, Wgpu, WgpuPlan, append};
 use fam_core::{Device, Error, Memory, ReadRing, Result};
 use std::ops::Range;
@@ -42,6 +42,11 @@ impl Adapter {
         self.info().device_type == wgpu::DeviceType::Cpu
     }
 
+    /// The features that it has.
+    pub fn features(&self) -> wgpu::Features {
+        self.adapter.features()
+    }
+
     /// The limits that it has.
     pub fn limits(&self) -> wgpu::Limits {
         self.adapter.limits()
@@ -57,7 +62,7 @@ impl Adapter {
             required_features: if limits.is_some() {
                 wgpu::Features::empty()
             } else {
-                self.adapter.features() & wgpu::Features::SHADER_F16
+                self.adapter.features() & pipeline::FEATURES
             },
             required_limits: limits.unwrap_or_else(|| self.adapter.limits()),
             ..Default::default()

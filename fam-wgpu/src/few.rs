@@ -45,7 +45,7 @@ impl Kernels {
             shape.head_dim(),
             code(shape.dtype()),
         );
-        let sizes = format!("{constants}const QUADS = {quads}u;\nconst VALUE_LANES = {value_lanes}u;\n");
+        let sizes = format!("{constants}const QUADS = {quads}u;\nconst VALUE_LANES = {value_lanes}u;\n{}", gpu.lanes());
         Ok(Some(Kernels { tile, split: gpu.kernel(SPLIT, &sizes)?, join: gpu.kernel(JOIN, &constants)? }))
     }
 

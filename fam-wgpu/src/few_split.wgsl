@@ -13,7 +13,7 @@ const VALUES = TILE / VALUE_SLOTS;         // of a thread, in a tile
 
 var<workgroup> qs: array<vec4<f32>, QUADS * 4u * COLUMNS>; // [four rows][channel of a column][column]; at the end sums [row][column]
 var<workgroup> partial: array<vec4<f32>, QUADS * LANES * TILE>; // products [four rows][lane][key ^ lane], in as many banks as lanes
-var<workgroup> logits: array<vec4<f32>, QUADS * TILE>;     // [four rows][key]
+var<workgroup> logits: array<vec4<f32>, QUADS * TILE>;     // [four rows][key], or of each eight keys the largest
 var<workgroup> weights: array<vec4<f32>, QUADS * TILE>;    // [four rows][key]
 var<workgroup> factors: array<vec4<f32>, QUADS>;
 
@@ -31,6 +31,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let s = stream(piece.n);
     let rows = min(piece.rows - piece.first, 4u * QUADS);
     let unit = bitcast<f32>(size(UnitLog2));
+    let in_lanes = are_lanes(thread);
 
     let q_tensor = tensor(Q);
     let sign = bitcast<f32>(size(Sign));
@@ -172,15 +173,17 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             }
         }
         let is_seen = (vec4(x0 + i32(own_key)) >= first) & (vec4(x0 + i32(own_key)) < end);
+        let own_logit = select(vec4(-3.4028234e38), logit, is_seen);
+        let most_of_lanes = largest_of_lanes(own_logit);
         if (own_quad < QUADS) {
-            logits[thread] = select(vec4(-3.4028234e38), logit, is_seen);
+            logits[thread] = select(own_logit, most_of_lanes, in_lanes);
         }
         workgroupBarrier();
 
         // Weights: all threads of a row come to the same maximum.
         if (4u * own_quad < rows) {
             var most = vec4(-3.4028234e38);
-            for (var i = 0u; i < TILE; i++) {
+            for (var i = 0u; i < TILE; i += select(1u, 8u, in_lanes)) {
                 most = max(most, logits[own_quad * TILE + i]);
             }
             let sees = max(first, vec4(x0)) < min(end, vec4(x0 + n));

@@ -92,30 +92,39 @@ impl Wgpu {
 
     /// The variant of the kernels, and why it is this one.
     pub fn variant(&self) -> (&'static str, String) {
-        variant(&self.gpu.limits, self.gpu.has_f16)
+        variant(&self.gpu.limits, self.gpu.features)
     }
 }
 
 /// The variant of the kernels of a device, and why it is this one.
-fn variant(limits: &wgpu::Limits, has_f16: bool) -> (&'static str, String) {
+fn variant(limits: &wgpu::Limits, features: wgpu::Features) -> (&'static str, String) {
     let together = attend::are_together(limits);
-    let name = match (together, has_f16) {
-        (true, true) => "wide-f16",
-        (true, false) => "wide",
-        (false, true) => "baseline-f16",
-        (false, false) => "baseline",
+    let has_subgroups = features.contains(wgpu::Features::SUBGROUP);
+    let has_f16 = features.contains(wgpu::Features::SHADER_F16);
+    let name = match (together, has_subgroups, has_f16) {
+        (true, true, true) => "wide-subgroup-f16",
+        (true, true, false) => "wide-subgroup",
+        (true, false, true) => "wide-f16",
+        (true, false, false) => "wide",
+        (false, true, true) => "baseline-subgroup-f16",
+        (false, true, false) => "baseline-subgroup",
+        (false, false, true) => "baseline-f16",
+        (false, false, false) => "baseline",
     };
     let dispatches = if together { "one dispatch" } else { "two dispatches" };
-    let f16 = if has_f16 { "f16 by the device's conversion" } else { "f16 by its bits" };
+    let maxima = if has_subgroups { "subgroups where they are eight threads or more" } else { "workgroup memory" };
+    let f16 = if has_f16 { "the device's conversion" } else { "its bits" };
     let buffers = limits.max_storage_buffers_per_shader_stage;
-    (name, format!("{buffers} storage buffers a shader, so block and memory rows in {dispatches}; {f16}"))
+    let why =
+        format!("{buffers} storage buffers a shader, so block and memory rows in {dispatches}; maxima by {maxima}; f16 by {f16}");
+    (name, why)
 }
 
-/// What a device with these limits would do for `spec`, whether it has the type f16 in shaders or not: [`Backend::support`] without a device.
+/// What a device with these limits and features would do for `spec`: [`Backend::support`] without a device.
 ///
 /// # Errors
 /// As [`Backend::support`].
-pub fn support(spec: &Spec, limits: &wgpu::Limits, has_f16: bool) -> Result<Support> {
+pub fn support(spec: &Spec, limits: &wgpu::Limits, features: wgpu::Features) -> Result<Support> {
     let shape = spec.shape();
     let (dtype, d) = (shape.dtype(), shape.head_dim());
     let limit = |what, requested, max| match requested > max {
@@ -145,7 +154,7 @@ pub fn support(spec: &Spec, limits: &wgpu::Limits, has_f16: bool) -> Result<Supp
     limit("bytes of scratch memory", scratch_bytes, max)?;
     let (block, blocks) = Pool::size(block_words(spec), limits.min_storage_buffer_offset_alignment.into());
     limit("bytes of a plan's call blocks", block * blocks, max.min(u32::MAX.into()))?;
-    let variant = variant(limits, has_f16).0;
+    let variant = variant(limits, features).0;
     let kernel = |&op| (KernelId { backend: "wgpu", op, dtype, variant }, 1);
     Ok(Support::new(spec.ops().iter().map(kernel).collect()).scratch_bytes(scratch_bytes).ring_bytes(ring_bytes))
 }
@@ -188,7 +197,7 @@ impl Backend for Wgpu {
 
     fn support(&self, spec: &Spec) -> Result<Support> {
         self.gpu.check()?;
-        support(spec, &self.gpu.limits, self.gpu.has_f16)
+        support(spec, &self.gpu.limits, self.gpu.features)
     }
 
     fn plan(&self, spec: &Spec) -> Result<WgpuPlan> {

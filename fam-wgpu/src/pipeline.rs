@@ -16,14 +16,17 @@ use std::time::Duration;
 /// alive: when there are so many, all are forgotten.
 const BIND_GROUPS: usize = 512;
 
+/// What kernels use where a device has it.
+pub(crate) const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP);
+
 /// A device, and what is made on it once for all plans.
 #[derive(Debug)]
 pub(crate) struct Gpu {
     pub device: wgpu::Device,
     pub queue: wgpu::Queue,
     pub limits: wgpu::Limits,
-    /// Whether shaders have a type f16.
-    pub has_f16: bool,
+    /// Those of [`FEATURES`] that it has.
+    pub features: wgpu::Features,
     /// Whether shaders may leave out checks of their indices and loops: [`crate::Wgpu::unchecked`].
     pub unchecked: bool,
     /// Why the device was lost.
@@ -101,7 +104,7 @@ impl Gpu {
             device: device.clone(),
             queue: queue.clone(),
             limits: device.limits(),
-            has_f16: device.features().contains(wgpu::Features::SHADER_F16),
+            features: device.features() & FEATURES,
             unchecked,
             lost: Arc::default(),
             kernels: Mutex::default(),
@@ -109,6 +112,14 @@ impl Gpu {
             bind_groups: Mutex::default(),
             nothing: Binding { buffer: nothing, offset: 0, size: 256 },
         })
+    }
+
+    /// How threads side by side share a maximum, in WGSL.
+    pub fn lanes(&self) -> &'static str {
+        match self.features.contains(wgpu::Features::SUBGROUP) {
+            true => include_str!("lanes_subgroup.wgsl"),
+            false => include_str!("lanes_memory.wgsl"),
+        }
     }
 
     /// Where the reason of a loss is noted.
@@ -166,7 +177,7 @@ impl Gpu {
     /// [`Error::BackendUnavailable`] where the device's compiler refuses it.
     pub fn kernel(&self, shader: Shader, constants: &str) -> Result<Kernel> {
         self.check()?;
-        let text = source(&self.limits, self.has_f16, shader, constants);
+        let text = source(&self.limits, self.features, shader, constants);
         if let Some(kernel) = lock(&self.kernels).get(&text) {
             return Ok(kernel.clone());
         }
@@ -256,8 +267,11 @@ impl Gpu {
 }
 
 /// The whole text of a shader: constants, what all share, and its own.
-pub(crate) fn source(limits: &wgpu::Limits, has_f16: bool, shader: Shader, constants: &str) -> String {
-    let f16 = if has_f16 { include_str!("f16_native.wgsl") } else { include_str!("f16_bits.wgsl") };
+fn source(limits: &wgpu::Limits, features: wgpu::Features, shader: Shader, constants: &str) -> String {
+    let f16 = match features.contains(wgpu::Features::SHADER_F16) {
+        true => include_str!("f16_native.wgsl"),
+        false => include_str!("f16_bits.wgsl"),
+    };
     let access = if shader.name == "call" { "read_write" } else { "read" };
     format!(
         "@group(0) @binding(0) var<storage, {access}> call: array<u32>;\nconst MAX_GROUPS = {}u;\n{constants}{}{}{}\n{f16}\n{}",

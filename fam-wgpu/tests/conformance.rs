@@ -40,7 +40,8 @@ fn assert_silent() {
     assert!(messages.is_empty(), "{} messages:\n{}", messages.len(), messages.join("\n"));
 }
 
-/// A device of the first adapter behind the validation layers, with all of its limits or these. A layer that is missing is a message.
+/// A device of the first adapter behind the validation layers, with all of its limits and features, or with these limits and none. A layer that is
+/// missing is a message.
 fn validated(limits: Option<wgpu::Limits>, make: fn(&wgpu::Device, &wgpu::Queue) -> fam_core::Result<Wgpu>) -> Gpu {
     static LOGGER: Once = Once::new();
     LOGGER.call_once(|| {
@@ -59,8 +60,12 @@ fn validated(limits: Option<wgpu::Limits>, make: fn(&wgpu::Device, &wgpu::Queue)
     let adapters = pollster::block_on(instance.enumerate_adapters(backends));
     let adapter =
         adapters.into_iter().find(|adapter| adapter.get_info().name == name).expect("the same adapter behind the layers");
+    let required_features = match limits {
+        Some(_) => wgpu::Features::empty(),
+        None => adapter.features() & (wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP),
+    };
     let required_limits = limits.unwrap_or_else(|| adapter.limits());
-    let descriptor = wgpu::DeviceDescriptor { required_limits, ..Default::default() };
+    let descriptor = wgpu::DeviceDescriptor { required_features, required_limits, ..Default::default() };
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).expect("a device");
     Gpu(make(&device, &queue).expect("a backend"))
 }
@@ -103,7 +108,12 @@ impl Harness for OnCpu {
 #[test]
 fn all_limits_and_the_cpu_beside() {
     let gpu = validated(None, Wgpu::new);
-    assert_eq!(variants(&gpu), ["wide"; 5]);
+    let features = common::adapter().features();
+    for variant in variants(&gpu) {
+        assert!(variant.starts_with("wide"), "{variant}");
+        assert_eq!(variant.contains("-subgroup"), features.contains(wgpu::Features::SUBGROUP), "{variant}");
+        assert_eq!(variant.ends_with("-f16"), features.contains(wgpu::Features::SHADER_F16), "{variant}");
+    }
     let here = conform(&gpu, 1, 1400);
     let cpu = conform(&OnCpu(Cpu::new().expect("the CPU").with_threads(1)), 1, 1400);
     // What WGSL leaves unspecified beside numbers that are not finite is compared on the CPU alone.

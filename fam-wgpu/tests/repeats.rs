@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Gpu, device};
+use common::{Gpu, adapter, device};
 use fam_core::Op;
 use fam_testkit::{Case, CaseFile, Distribution, Filter, Harness, Level, Outcome, case_file, case_seed, endless, run_case};
 
@@ -14,13 +14,29 @@ fn cases(op: Op, count: usize) -> Vec<Case> {
     plain.filter(|c| (50_000..500_000).contains(&c.work())).take(count).collect()
 }
 
+/// Of all that a case leaves.
+fn digest(gpu: &Gpu, case: &Case) -> u64 {
+    match run_case(gpu, case, Level::Hard) {
+        Outcome::Passed(passed) => passed.digest,
+        other => panic!("{case}: {other:?}"),
+    }
+}
+
+/// A maximum is one number, whichever way threads share it.
+#[test]
+fn the_same_bits_without_the_features_of_the_device() {
+    let plain = pollster::block_on(adapter().open(Some(adapter().limits()))).expect("a device");
+    let [all, plain] = [device(), plain].map(Gpu);
+    assert!(!plain.0.variant().0.contains('-'), "{:?}", plain.0.variant());
+    for case in cases(Op::Attend, 10) {
+        assert_eq!(digest(&all, &case), digest(&plain, &case), "{case}");
+    }
+}
+
 #[test]
 fn the_same_bits_250_times() {
     let gpu = Gpu(device());
-    let digest = |case: &Case| match run_case(&gpu, case, Level::Hard) {
-        Outcome::Passed(passed) => passed.digest,
-        other => panic!("{case}: {other:?}"),
-    };
+    let digest = |case: &Case| digest(&gpu, case);
     let ops = [(Op::Attend, 3), (Op::InfiniRead, 1), (Op::InfiniWrite, 1), (Op::Merge, 1)];
     for case in ops.into_iter().flat_map(|(op, count)| cases(op, count)) {
         let first = digest(&case);

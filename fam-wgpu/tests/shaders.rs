@@ -18,8 +18,11 @@ use std::sync::LazyLock;
 /// Head dims: those that models have, and the edges of the shaders' vectors of four channels and chunks of 64.
 const HEAD_DIMS: [usize; 12] = [1, 4, 7, 32, 63, 64, 80, 96, 128, 129, 192, 256];
 
-/// A device that compiles nothing and runs nothing, with `limits`.
-fn idle(limits: wgpu::Limits) -> Wgpu {
+/// What kernels use where a device has it.
+const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP);
+
+/// A device that compiles nothing and runs nothing.
+fn idle(required_features: wgpu::Features, required_limits: wgpu::Limits) -> Wgpu {
     let noop = wgpu::NoopBackendOptions { enable: true, ..Default::default() };
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: wgpu::Backends::NOOP,
@@ -27,7 +30,7 @@ fn idle(limits: wgpu::Limits) -> Wgpu {
         ..wgpu::InstanceDescriptor::new_without_display_handle()
     });
     let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::NOOP));
-    let descriptor = wgpu::DeviceDescriptor { required_limits: limits, ..Default::default() };
+    let descriptor = wgpu::DeviceDescriptor { required_features, required_limits, ..Default::default() };
     let (device, queue) = pollster::block_on(adapters[0].request_device(&descriptor)).expect("a device that does nothing");
     Wgpu::new(&device, &queue).expect("a backend")
 }
@@ -47,12 +50,13 @@ fn devices() -> Vec<wgpu::Limits> {
 /// The texts of everything that plans of these devices ask for.
 fn texts() -> &'static BTreeSet<String> {
     static TEXTS: LazyLock<BTreeSet<String>> = LazyLock::new(|| {
-        let texts_of = |limits| {
-            let wgpu = idle(limits);
+        let texts_of = |(features, limits)| {
+            let wgpu = idle(features, limits);
             specs().for_each(|spec| drop(wgpu.plan(&spec).expect("a plan")));
             wgpu.shaders()
         };
-        devices().into_iter().flat_map(texts_of).collect()
+        let features = [wgpu::Features::empty(), FEATURES];
+        features.into_iter().flat_map(|f| devices().into_iter().map(move |limits| (f, limits))).flat_map(texts_of).collect()
     });
     &TEXTS
 }
@@ -72,14 +76,25 @@ fn specs() -> impl Iterator<Item = Spec> {
     })
 }
 
-/// Valid for a device without any optional feature, and SPIR-V with the checks of a shader module and without.
+/// Whether a text is meant for devices whose shaders have subgroups.
+fn has_subgroups(text: &str) -> bool {
+    text.contains("subgroupShuffleXor")
+}
+
+/// Valid for a device without any feature but those that the text is meant for, and SPIR-V with the checks of a shader module and without.
 fn compile(text: &str) -> Result<(), String> {
     let module = naga::front::wgsl::parse_str(text).map_err(|error| error.emit_to_string(text))?;
-    let mut validator = Validator::new(ValidationFlags::all(), Capabilities::empty());
+    let mut capabilities = Capabilities::empty();
+    capabilities.set(Capabilities::SUBGROUP, has_subgroups(text));
+    capabilities.set(Capabilities::SHADER_FLOAT16_IN_FLOAT32, text.contains("unpack2x16float"));
+    let mut validator = Validator::new(ValidationFlags::all(), capabilities);
+    validator.subgroup_stages(naga::valid::ShaderStages::COMPUTE).subgroup_operations(naga::valid::SubgroupOperationSet::all());
     let info = validator.validate(&module).map_err(|error| error.emit_to_string(text))?;
     for policy in [BoundsCheckPolicy::Restrict, BoundsCheckPolicy::Unchecked] {
         let bounds_check_policies = BoundsCheckPolicies { index: policy, buffer: policy, ..Default::default() };
         let options = spv::Options {
+            // As wgpu writes it for Vulkan 1.1 and later.
+            lang_version: (1, 3),
             bounds_check_policies,
             force_loop_bounding: policy == BoundsCheckPolicy::Restrict,
             ..spv::Options::default()
@@ -96,13 +111,17 @@ fn every_text_is_valid_and_becomes_spir_v() {
     println!("{} texts", texts.len());
     // Eight kernels and more of twelve head dims and three dtypes.
     assert!(texts.len() > 8 * 12 * 3, "{} texts", texts.len());
+    let with_subgroups = texts.iter().filter(|text| has_subgroups(text)).count();
+    assert!(with_subgroups > 2 * 12 * 3, "{with_subgroups} with subgroups");
     for text in texts {
         compile(text).unwrap_or_else(|error| panic!("{error}\n{text}"));
     }
     if let Some(folder) = std::env::var_os("SHADERS").map(std::path::PathBuf::from) {
         std::fs::create_dir_all(&folder).expect("a folder");
         for (number, text) in texts.iter().enumerate() {
-            std::fs::write(folder.join(format!("{number:04}.wgsl")), text).expect("a file");
+            // In a browser a shader names what it uses; naga refuses that.
+            let enables = if has_subgroups(text) { "enable subgroups;\n" } else { "" };
+            std::fs::write(folder.join(format!("{number:04}.wgsl")), format!("{enables}{text}")).expect("a file");
         }
     }
 }
