@@ -95,7 +95,8 @@ impl Problem {
         let flushes = !is_few && limits.flushes.contains(&shape.dtype());
         let v_max = rows.v_max[at];
         let hides_all = rows.s[at].is_infinite() && a.iter().all(|a| *a == 0.0) && sink == Some(lse);
-        let sees_others = o.iter().any(|o| !o.is_finite());
+        // A query, a key or a value that is not finite, or a logit.
+        let sees_others = !rows.s[at].is_finite() || o.iter().any(|o| !o.is_finite());
         let class = if is_beyond_f32 || (limits.nan == NanReach::Unspecified && sees_others) {
             Class::Unspecified
         } else if lse == f64::NEG_INFINITY || rows.n[at] == 0.0 || hides_all {

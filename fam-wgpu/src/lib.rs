@@ -7,7 +7,7 @@
 //! wgpu counts references: a borrow of a [`Region`] may end before the work does. A [`Wgpu`] remembers the bind groups of its calls, and with them
 //! some hundred buffers, as long as it lives.
 //!
-//! WGSL may assume that numbers are finite, and take subnormal ones for 0. So a NaN or an infinity in a key or value leaves the rows of the call
+//! WGSL may assume that numbers are finite, and take subnormal ones for 0. So a NaN or an infinity in a query leaves its row, and in a key or value the rows of the call
 //! that see it, or share a tile with one that does, unspecified; other rows do not change in a bit, and what no row sees has no effect.
 
 #![deny(unsafe_code)]
@@ -20,6 +20,8 @@ mod few;
 mod infini_read;
 mod infini_write;
 mod merge;
+#[cfg(fam_mutants)]
+mod mutants;
 #[allow(unsafe_code, reason = "unchecked shader modules, where they are asked for")]
 mod pipeline;
 #[cfg(feature = "probe")]
@@ -28,6 +30,8 @@ mod region;
 mod tile;
 
 pub use device::{Adapter, adapters};
+#[cfg(fam_mutants)]
+pub use mutants::MUTANTS;
 pub use region::Region;
 pub use tile::{BLOCK_N, FEW_ROWS};
 pub use wgpu;

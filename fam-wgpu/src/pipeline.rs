@@ -178,6 +178,8 @@ impl Gpu {
     pub fn kernel(&self, shader: Shader, constants: &str) -> Result<Kernel> {
         self.check()?;
         let text = source(&self.limits, self.features, shader, constants);
+        #[cfg(fam_mutants)]
+        let text = crate::mutants::planted(text);
         if let Some(kernel) = lock(&self.kernels).get(&text) {
             return Ok(kernel.clone());
         }
