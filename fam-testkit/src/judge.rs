@@ -40,16 +40,16 @@ pub struct Reference {
 /// A free-running recurrence: the bound of a segment's result holds the bounds of all states before it.
 #[derive(Debug)]
 struct InfiniReference {
-    /// a and the bound of its error, `[N, L, Hq, D]`.
+    /// a, the bound of its error, and what that grows by for each result that may be lost, `[N, L, Hq, D]`.
     a: Array<4>,
-    a_error: Array<4>,
+    a_error: [Array<4>; 2],
     /// Σ_c s_c |m_cj| / den, as a.
     magnitude: Array<4>,
     /// Shares of the memory and of the local attention, of each head.
     shares: Vec<[f64; 2]>,
-    /// After the last whole segment, with bounds: `[N, Hkv, D, D]` and `[N, Hkv, 1, D]`.
-    m: [Array<4>; 2],
-    z: [Array<4>; 2],
+    /// After the last whole segment, with bounds and what these grow by as above: `[N, Hkv, D, D]` and `[N, Hkv, 1, D]`.
+    m: [Array<4>; 3],
+    z: [Array<4>; 3],
     /// What their elements were summed from.
     m_magnitude: Array<4>,
     z_magnitude: Array<4>,
@@ -123,7 +123,7 @@ impl Reference {
             let stored = case.expected.get(name).map(Tensor::values);
             let mut checker = Checker::new(Level::Hard, case.shape.dtype(), output.dtype, limits);
             match name {
-                "m" | "z" => self.state(case, name, |at, index, expected, tolerance| {
+                "m" | "z" => self.state(case, name, checker.bound.flushed_result(), |at, index, expected, tolerance| {
                     let stored = stored.as_ref().map(|stored| stored[index]);
                     checker.element(at, got[index], expected, Rule::Near(tolerance), false, stored);
                 }),
@@ -166,22 +166,22 @@ impl Reference {
             if name.ends_with("lse") {
                 checker.lse(name, &row, got[index], stored.map(|stored| stored[index]));
             } else {
-                let read = self.read(case, is_memory, at, limits);
+                let read = self.read(case, is_memory, at, limits, checker.bound.flushed_result());
                 let of_row = index * d..(index + 1) * d;
                 checker.row(name, &row, read.as_ref(), &got[of_row.clone()], stored.map(|stored| &stored[of_row]));
             }
         }
     }
 
-    /// What a block row reads from the compressive memory.
-    fn read(&self, case: &CaseFile, is_memory: bool, [n, _, r, h]: [usize; 4], limits: &Limits) -> Option<Read> {
+    /// What a block row reads from the compressive memory; `flushed`: what any result may lose.
+    fn read(&self, case: &CaseFile, is_memory: bool, [n, _, r, h]: [usize; 4], limits: &Limits, flushed: f64) -> Option<Read> {
         let infini = self.infini.as_ref().filter(|_| !is_memory)?;
         let at = [n, r, h];
         let first_spoiled = infini.first_spoiled[n][h / case.shape.group()];
         Some(Read {
             shares: infini.shares[h],
             a: infini.a.row(&at).to_vec(),
-            error: infini.a_error.row(&at).to_vec(),
+            error: with_flush(infini.a_error[0].row(&at), infini.a_error[1].row(&at), flushed).collect(),
             magnitude: infini.magnitude.row(&at).to_vec(),
             // A row may share its tile of rows with one that reads it.
             may_be_nan: limits.nan != NanReach::Rows && r.saturating_add(LARGEST_TILE) > first_spoiled,
@@ -201,7 +201,7 @@ impl Reference {
                 if self.infini.is_none() {
                     continue;
                 }
-                self.state(case, name, |_, index, expected, _| values[index] = expected);
+                self.state(case, name, 0.0, |_, index, expected, _| values[index] = expected);
             } else {
                 let Some(rows) = self.problem.rows(is_memory) else { continue };
                 let d = case.shape.head_dim();
@@ -211,7 +211,7 @@ impl Reference {
                         values[index] = row.lse;
                         continue;
                     }
-                    let read = self.read(case, is_memory, at, &limits);
+                    let read = self.read(case, is_memory, at, &limits, 0.0);
                     (0..d).for_each(|c| values[index * d + c] = row.element(c, &bound, read.as_ref()).0);
                 }
             }
@@ -220,19 +220,25 @@ impl Reference {
         expected
     }
 
-    /// Calls `visit` with every element of `m` or `z`: which, its place, its value, and how close a result must be.
-    fn state(&self, case: &CaseFile, name: &'static str, mut visit: impl FnMut(Element, usize, f64, Tolerance)) {
+    /// Calls `visit` with every element of `m` or `z`: which, its place, its value, and how close a result must be; `flushed`: what any result
+    /// may lose.
+    fn state(&self, case: &CaseFile, name: &'static str, flushed: f64, mut visit: impl FnMut(Element, usize, f64, Tolerance)) {
         let Some(infini) = &self.infini else { return };
-        let ([values, bounds], magnitudes) =
+        let ([values, errors, lost], magnitudes) =
             if name == "m" { (&infini.m, &infini.m_magnitude) } else { (&infini.z, &infini.z_magnitude) };
         let [_, kv_heads, rows, d] = values.shape;
-        for (index, (&expected, &bound)) in values.data.iter().zip(&bounds.data).enumerate() {
+        for (index, (&expected, bound)) in values.data.iter().zip(with_flush(&errors.data, &lost.data, flushed)).enumerate() {
             let (n, h, r, c) = (index / (kv_heads * rows * d), index / (rows * d) % kv_heads, index / d % rows, index % d);
             let last = whole_segments(case, n).last().map_or(0, |(i, _)| i);
             let tolerance = Tolerance { bound, magnitude: magnitudes.data[index] };
             visit(Element { tensor: name, index: [n, last, r, h, c] }, index, expected, tolerance);
         }
     }
+}
+
+/// Bounds of errors, and what they grow by where any result may lose `flushed`.
+fn with_flush<'a>(errors: &'a [f64], lost: &'a [f64], flushed: f64) -> impl Iterator<Item = f64> + 'a {
+    errors.iter().zip(lost).map(move |(error, lost)| if flushed > 0.0 { error + flushed * lost } else { *error })
 }
 
 /// Number of an element in a packed tensor.
@@ -263,11 +269,11 @@ impl InfiniReference {
         };
         let mut out = InfiniReference {
             a: Array::zeros(q.shape),
-            a_error: Array::zeros(q.shape),
+            a_error: [Array::zeros(q.shape), Array::zeros(q.shape)],
             magnitude: Array::zeros(q.shape),
             shares: infini.beta.values().into_iter().map(|beta| [fam_ref::gate(beta), fam_ref::gate(-beta)]).collect(),
-            m: [state(&infini.m0, d), state(&None, d)],
-            z: [state(&infini.z0, 1), state(&None, 1)],
+            m: [state(&infini.m0, d), state(&None, d), state(&None, d)],
+            z: [state(&infini.z0, 1), state(&None, 1), state(&None, 1)],
             m_magnitude: state(&None, d),
             z_magnitude: state(&None, 1),
             first_spoiled: vec![vec![usize::MAX; kv_heads]; case.batch],
@@ -283,11 +289,12 @@ impl InfiniReference {
                 for h in 0..s.heads() {
                     let kv = [n, h / s.group()];
                     let read = fam_ref::infini_retrieve(q.row(&[n, t, h]), out.m[0].row(&kv), out.z[0].row(&kv))?;
-                    let error = out.propagated(kv, q.row(&[n, t, h]), &read.a);
-                    for (c, carried) in error.into_iter().enumerate() {
+                    let [error, lost] = out.propagated(kv, q.row(&[n, t, h]), &read.a);
+                    for c in 0..d {
                         out.a[[n, t, h, c]] = read.a[c];
                         out.magnitude[[n, t, h, c]] = read.magnitude[c];
-                        out.a_error[[n, t, h, c]] = infini_read(d, read.magnitude[c], read.a[c]) + carried;
+                        out.a_error[0][[n, t, h, c]] = infini_read(d, read.magnitude[c], read.a[c]) + error[c];
+                        out.a_error[1][[n, t, h, c]] = lost[c];
                     }
                 }
                 // The segment's last token: all its rows have read, now it is written.
@@ -304,19 +311,26 @@ impl InfiniReference {
         Ok(out)
     }
 
-    /// Error of σ(q)·m / σ(q)·z that comes from the errors of m and z, to first order.
-    fn propagated(&self, kv: [usize; 2], q: &[f64], a: &[f64]) -> Vec<f64> {
+    /// Error of σ(q)·m / σ(q)·z that comes from the errors of m and z, to first order; and by how much that grows, times a result that is lost:
+    /// beside those in m and z each weight may be one, each product, and each sum.
+    fn propagated(&self, kv: [usize; 2], q: &[f64], a: &[f64]) -> [Vec<f64>; 2] {
         let shift = q.iter().copied().fold(f64::NEG_INFINITY, f64::max).min(0.0);
         let sigma: Vec<f64> = q.iter().map(|&x| if shift < 0.0 { (x - shift).exp() } else { fam_ref::sigma(x) }).collect();
         let dot = |values: &[f64]| sigma.iter().zip(values).map(|(s, x)| s * x).sum::<f64>();
-        let (den, z_error) = (dot(self.z[0].row(&kv)), dot(self.z[1].row(&kv)));
+        let (d, den) = (a.len(), dot(self.z[0].row(&kv)));
         if den == 0.0 {
-            return vec![0.0; a.len()];
+            return [vec![0.0; d], vec![0.0; d]];
         }
-        let d = a.len();
-        let m_error = self.m[1].row(&kv);
-        let column = |j: usize| (0..d).map(|c| sigma[c] * m_error[c * d + j]).sum::<f64>();
-        (0..d).map(|j| (column(j) + a[j].abs() * z_error) / den).collect()
+        let column = |m: &[f64], j: usize| (0..d).map(|c| sigma[c] * m[c * d + j]).sum::<f64>();
+        let from = |state: usize| {
+            let (m, z) = (self.m[state].row(&kv), dot(self.z[state].row(&kv)));
+            (0..d).map(move |j| (column(m, j) + a[j].abs() * z) / den).collect::<Vec<_>>()
+        };
+        let (m, z) = (self.m[0].row(&kv), self.z[0].row(&kv).iter().sum::<f64>());
+        let of_read =
+            |j: usize| (0..d).map(|c| m[c * d + j].abs()).sum::<f64>() + a[j].abs() * z + 2.0 * d as f64 * (1.0 + a[j].abs());
+        let lost = from(2).into_iter().enumerate().map(|(j, lost)| lost + of_read(j) / den).collect();
+        [from(1), lost]
     }
 
     /// Writes one segment of one head, value and bound.
@@ -326,27 +340,32 @@ impl InfiniReference {
         let values: Vec<&[f64]> = rows.map(|t| v.row(&[n, t, h])).collect();
         let written = fam_ref::infini_write(rule, &keys, &values, self.m[0].row(&kv), self.z[0].row(&kv))?;
         let (count, d) = (keys.len(), k.shape[3]);
-        let mut carried = vec![0.0; d * d];
+        let mut carried = [vec![0.0; d * d], vec![0.0; d * d]];
         if rule == InfiniRule::Delta {
             // What delta subtracts was read from the old state, with that state's error.
             for key in &keys {
                 let read = fam_ref::infini_retrieve(key, self.m[0].row(&kv), self.z[0].row(&kv))?;
-                let error = self.propagated(kv, key, &read.a);
-                for (i, &x) in key.iter().enumerate() {
-                    (0..d).for_each(|j| carried[i * d + j] += fam_ref::sigma(x) * error[j]);
+                for (carried, error) in carried.iter_mut().zip(self.propagated(kv, key, &read.a)) {
+                    for (i, &x) in key.iter().enumerate() {
+                        (0..d).for_each(|j| carried[i * d + j] += fam_ref::sigma(x) * error[j]);
+                    }
                 }
             }
         }
-        let [of_m, of_z] = infini_write(count, &written, 0.0);
+        // The bound is linear in what a result may lose.
+        let (tolerances, with_loss) = (infini_write(count, &written, 0.0), infini_write(count, &written, 1.0));
         let magnitudes = [&mut self.m_magnitude, &mut self.z_magnitude];
-        for ((state, magnitudes), of) in [&mut self.m, &mut self.z].into_iter().zip(magnitudes).zip([&of_m, &of_z]) {
-            let errors = state[1].row_mut(&kv).iter_mut().zip(magnitudes.row_mut(&kv));
-            for ((error, magnitude), of) in errors.zip(of) {
-                *error += of.bound;
-                *magnitude += of.magnitude;
+        let states = [&mut self.m, &mut self.z].into_iter().zip(magnitudes);
+        for ((state, magnitudes), (of, with_loss)) in states.zip(tolerances.iter().zip(&with_loss)) {
+            for (at, (of, with_loss)) in of.iter().zip(with_loss).enumerate() {
+                state[1].row_mut(&kv)[at] += of.bound;
+                state[2].row_mut(&kv)[at] += with_loss.bound - of.bound;
+                magnitudes.row_mut(&kv)[at] += of.magnitude;
             }
         }
-        self.m[1].row_mut(&kv).iter_mut().zip(carried).for_each(|(error, carried)| *error += carried);
+        for (errors, carried) in self.m[1..].iter_mut().zip(carried) {
+            errors.row_mut(&kv).iter_mut().zip(carried).for_each(|(error, carried)| *error += carried);
+        }
         self.m[0].row_mut(&kv).copy_from_slice(&written.m);
         self.z[0].row_mut(&kv).copy_from_slice(&written.z);
         Ok(())

@@ -5,6 +5,7 @@ use crate::call::{Caches, Call, Size, T, Writes};
 use crate::pipeline::{Dispatch, Gpu, Kernel, Shader, enqueue};
 use crate::{Region, WgpuPlan};
 use fam_core::{Append, Keys, Plan, ReadRing, Result, Spec};
+use std::slice;
 
 /// Threads of a workgroup.
 const THREADS: u64 = 64;
@@ -52,7 +53,7 @@ pub(crate) fn append(
     let Some(kernels) = &plan.append else { return Ok(()) };
     let caches =
         Caches { mem_entries: args.mem_rows.as_ref().map(|mem| mem.to_k.layout.shape[1]), writes: Writes::Rows, ..Caches::NONE };
-    // Both calls are made before either is enqueued: what is refused has enqueued nothing.
+    // Either both calls are enqueued or none.
     let mut calls = Vec::with_capacity(2);
     if let Some(rows) = &args.rows {
         let mut call = Call::new(plan, &args.spans, caches)?;
@@ -73,7 +74,8 @@ pub(crate) fn append(
         let groups = groups(&mut call, most, plan.spec().shape().mem_len());
         calls.push((call, Dispatch { kernel: &kernels.mem_rows, groups }));
     }
-    calls.into_iter().try_for_each(|(call, dispatch)| enqueue(&call, encoder, &[dispatch]))
+    let calls: Vec<_> = calls.iter().map(|(call, dispatch)| (call, slice::from_ref(dispatch))).collect();
+    enqueue(encoder, &calls)
 }
 
 /// [`fam_core::Device::read_ring`].
@@ -86,5 +88,5 @@ pub(crate) fn read_ring(plan: &WgpuPlan, encoder: &mut wgpu::CommandEncoder, arg
     call.output(T::InfiniQ, &args.v)?;
     let most = call.max_rows;
     let groups = groups(&mut call, 1, most);
-    enqueue(&call, encoder, &[Dispatch { kernel: &kernels.read_ring, groups }])
+    enqueue(encoder, &[(&call, &[Dispatch { kernel: &kernels.read_ring, groups }])])
 }

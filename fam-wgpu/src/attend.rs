@@ -178,7 +178,7 @@ pub(crate) fn attend(
         infini_read::name(&mut call, infini)?;
         dispatches.push(infini_read::dispatch(&mut call, read));
     }
-    enqueue(&call, encoder, &dispatches)
+    enqueue(encoder, &[(&call, &dispatches)])
 }
 
 /// Whether a call has blocks with few rows, and blocks with more, as far as the host knows.

@@ -94,9 +94,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             end = select(vec4(0), vec4(i32(s.mem_rows)), vec4(row, row + 1u, row + 2u, row + 3u) < vec4(piece.rows));
             some = vec2(0, i32(s.mem_rows));
         } else if (t >= window_tile) {
-            // Back from the block; keys of the own block have tiles of their own.
+            // Back from the block, whose own keys have tiles of their own.
             x0 = (window_tile - t - 1) * n;
-            end = min(token_end, vec4(max(0, x0 + n)));
         }
         some = vec2(max(some.x, x0), min(some.y, x0 + n));
         if (some.x >= some.y) {

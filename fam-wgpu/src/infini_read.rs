@@ -65,5 +65,5 @@ pub(crate) fn infini_read(
     call.input(T::O, &args.o_local)?;
     call.output(T::Gated, &args.o)?;
     let dispatch = dispatch(&mut call, kernel);
-    enqueue(&call, encoder, &[dispatch])
+    enqueue(encoder, &[(&call, &[dispatch])])
 }

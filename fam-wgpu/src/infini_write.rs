@@ -40,5 +40,5 @@ pub(crate) fn infini_write(
     call.output(T::Z, &args.z)?;
     call.set(Size::Rule, u32::from(shape.infini() == Some(InfiniRule::Delta)));
     let groups = if call.max_rows == 0 { 0 } else { (call.batch() * shape.kv_heads() * shape.head_dim().div_ceil(64)) as u64 };
-    enqueue(&call, encoder, &[Dispatch { kernel, groups }])
+    enqueue(encoder, &[(&call, &[Dispatch { kernel, groups }])])
 }

@@ -37,5 +37,5 @@ pub(crate) fn merge(
     }
     // At most 2^31 elements.
     let threads = (batch * blocks * rows * heads) as u64 * d.div_ceil(4) as u64;
-    enqueue(&call, encoder, &[Dispatch { kernel, groups: threads.div_ceil(64) }])
+    enqueue(encoder, &[(&call, &[Dispatch { kernel, groups: threads.div_ceil(64) }])])
 }

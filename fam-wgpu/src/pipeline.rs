@@ -1,6 +1,6 @@
 //! From WGSL to work in an encoder: kernels are compiled when a plan is made, in an error scope; a call then only encodes.
 
-use crate::call::{Call, Size, T};
+use crate::call::{Call, Lease, Size, T};
 use crate::{Region, WgpuPlan};
 use fam_core::{Error, Result};
 use std::collections::HashMap;
@@ -120,6 +120,11 @@ impl Gpu {
             true => include_str!("lanes_subgroup.wgsl"),
             false => include_str!("lanes_memory.wgsl"),
         }
+    }
+
+    /// Workgroups in a dimension of a dispatch.
+    fn width(&self) -> u64 {
+        self.limits.max_compute_workgroups_per_dimension.into()
     }
 
     /// Where the reason of a loss is noted.
@@ -327,43 +332,65 @@ pub(crate) struct Dispatch<'k> {
     pub groups: u64,
 }
 
-/// Encodes a call: its block is written before the encoder's work begins; then its dispatches run one after another.
+/// Encodes calls: their blocks are written before the encoder's work begins; then their dispatches run one after another.
 ///
 /// # Errors
 /// [`Error::LimitExceeded`] for a grid that no dispatch can have, or where too many calls wait; [`Error::DeviceLost`]. Nothing is encoded then.
-pub(crate) fn enqueue(call: &Call<'_>, encoder: &mut wgpu::CommandEncoder, dispatches: &[Dispatch<'_>]) -> Result<()> {
-    let plan: &WgpuPlan = call.plan;
-    let gpu = &plan.gpu;
-    gpu.check()?;
-    let width = u64::from(gpu.limits.max_compute_workgroups_per_dimension);
-    let mut ready = Vec::with_capacity(dispatches.len() + 1);
-    if call.is_gathered() {
-        let threads = call.batch().max(plan.spec.shape().heads()) as u64;
-        let bind = |tensor| call.binding(tensor).unwrap_or(&gpu.nothing).clone();
-        let bindings = vec![call.spans().unwrap_or(&gpu.nothing).clone(), bind(T::Sink), bind(T::Beta)];
-        ready.push((&plan.gather, gpu.bind_group(bindings)?, threads.div_ceil(64), &plan.call_write));
-    }
-    for Dispatch { kernel, groups } in dispatches.iter().filter(|d| d.groups > 0) {
-        let bindings = kernel.tensors.iter().map(|tensor| call.binding(*tensor).unwrap_or(&gpu.nothing).clone());
-        ready.push((*kernel, gpu.bind_group(bindings.collect())?, *groups, &plan.call_read));
-    }
-    if let Some((.., groups, _)) = ready.iter().find(|(.., groups, _)| *groups > width * width) {
-        return Err(Error::LimitExceeded { what: "workgroups of a dispatch", requested: *groups, max: width * width });
-    }
-    if dispatches.iter().all(|d| d.groups == 0) {
-        return Ok(());
-    }
-    let lease = plan.pool.lease(&gpu.device)?;
-    gpu.queue.write_buffer(&plan.pool.buffer, lease.offset(), bytemuck::cast_slice(call.words()));
-    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("fam"), timestamp_writes: None });
-    for (kernel, tensors, groups, block) in ready {
-        pass.set_pipeline(&kernel.pipeline);
-        pass.set_bind_group(0, block, &[lease.offset() as u32]);
-        pass.set_bind_group(1, &tensors, &[]);
-        pass.dispatch_workgroups(groups.min(width) as u32, groups.div_ceil(width) as u32, 1);
-    }
-    drop(pass);
-    // The block is free again when the work is done, or when the encoder is dropped and this with it.
-    encoder.on_submitted_work_done(move || drop(lease));
+pub(crate) fn enqueue(encoder: &mut wgpu::CommandEncoder, calls: &[(&Call<'_>, &[Dispatch<'_>])]) -> Result<()> {
+    let ready = calls.iter().map(|(call, dispatches)| Ready::new(call, dispatches)).collect::<Result<Vec<_>>>()?;
+    ready.into_iter().flatten().for_each(|ready| ready.encode(encoder));
     Ok(())
+}
+
+/// A call that nothing can refuse any more.
+struct Ready<'c> {
+    call: &'c Call<'c>,
+    lease: Lease,
+    /// Of each dispatch its tensors, workgroups, and the block as it is bound.
+    dispatches: Vec<(&'c Kernel, wgpu::BindGroup, u64, &'c wgpu::BindGroup)>,
+}
+
+impl<'c> Ready<'c> {
+    /// Nothing for a call that has nothing to do.
+    fn new(call: &'c Call<'_>, dispatches: &'c [Dispatch<'_>]) -> Result<Option<Self>> {
+        let plan: &WgpuPlan = call.plan;
+        let gpu = &plan.gpu;
+        gpu.check()?;
+        let mut ready = Vec::with_capacity(dispatches.len() + 1);
+        if call.is_gathered() {
+            let threads = call.batch().max(plan.spec.shape().heads()) as u64;
+            let bind = |tensor| call.binding(tensor).unwrap_or(&gpu.nothing).clone();
+            let bindings = vec![call.spans().unwrap_or(&gpu.nothing).clone(), bind(T::Sink), bind(T::Beta)];
+            ready.push((&plan.gather, gpu.bind_group(bindings)?, threads.div_ceil(64), &plan.call_write));
+        }
+        for Dispatch { kernel, groups } in dispatches.iter().filter(|d| d.groups > 0) {
+            let bindings = kernel.tensors.iter().map(|tensor| call.binding(*tensor).unwrap_or(&gpu.nothing).clone());
+            ready.push((*kernel, gpu.bind_group(bindings.collect())?, *groups, &plan.call_read));
+        }
+        let max = gpu.width() * gpu.width();
+        if let Some((.., groups, _)) = ready.iter().find(|(.., groups, _)| *groups > max) {
+            return Err(Error::LimitExceeded { what: "workgroups of a dispatch", requested: *groups, max });
+        }
+        if dispatches.iter().all(|d| d.groups == 0) {
+            return Ok(None);
+        }
+        Ok(Some(Ready { call, lease: plan.pool.lease(&gpu.device)?, dispatches: ready }))
+    }
+
+    fn encode(self, encoder: &mut wgpu::CommandEncoder) {
+        let Ready { call, lease, dispatches } = self;
+        let plan: &WgpuPlan = call.plan;
+        let width = plan.gpu.width();
+        plan.gpu.queue.write_buffer(&plan.pool.buffer, lease.offset(), bytemuck::cast_slice(call.words()));
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("fam"), timestamp_writes: None });
+        for (kernel, tensors, groups, block) in dispatches {
+            pass.set_pipeline(&kernel.pipeline);
+            pass.set_bind_group(0, block, &[lease.offset() as u32]);
+            pass.set_bind_group(1, &tensors, &[]);
+            pass.dispatch_workgroups(groups.min(width) as u32, groups.div_ceil(width) as u32, 1);
+        }
+        drop(pass);
+        // The block is free again when the work is done, or when the encoder is dropped and this with it.
+        encoder.on_submitted_work_done(move || drop(lease));
+    }
 }

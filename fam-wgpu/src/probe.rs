@@ -58,7 +58,7 @@ impl Wgpu {
         let kernel = self.gpu.kernel(shader, &constants)?;
         let mut encoder = self.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let mut time = |groups| {
-            enqueue(&Call::without_spans(&plan), &mut encoder, &[Dispatch { kernel: &kernel, groups }])?;
+            enqueue(&mut encoder, &[(&Call::without_spans(&plan), &[Dispatch { kernel: &kernel, groups }])])?;
             let start = Instant::now();
             self.synchronize(&mut encoder)?;
             Ok(start.elapsed().as_secs_f64())
