@@ -94,7 +94,7 @@ pub struct Limits {
     /// The dtypes in which attention's products take operands, and sums, that are subnormal in f32 for 0, but for rows that are few.
     pub flushes: &'static [Dtype],
     /// Most block rows of a block in a call (tokens times query heads of a group), and most memory rows of a block (times these heads), that
-    /// are few: whose probabilities and products are f32 in every dtype.
+    /// are few: whose probabilities and products are f32 in every dtype, in the forward pass.
     pub few_rows: [usize; 2],
     /// How far NaN spreads.
     pub nan: NanReach,

@@ -3,12 +3,13 @@
 use super::backward::Backward;
 use super::case::PerfCase;
 use super::check;
-use fam::{Backend, Device, Dtype, Layout, Plan, Result, Rows, Shape, Step, StepInfini, Streams, View, ViewMut};
+use fam::{Backend, Device, Dtype, Error, Layout, Plan, Result, Rows, Shape, Step, StepInfini, Streams, View, ViewMut};
 use fam_testkit::{Harness, Mem, Owned, Queue, Rng, Tally, Tensor};
 use std::borrow::{Borrow, BorrowMut};
 use std::collections::BTreeMap;
 
-/// Decode goes round streams whose keys and values together take at least so many bytes: several times the last cache of most machines.
+/// Decode goes round streams whose keys and values together take at least so many bytes, several times the last cache of most machines; half of
+/// it, or a quarter, where a device has no ring that large.
 const ROTATED_BYTES: usize = 256 << 20;
 
 /// A case on a device, ready to run.
@@ -153,9 +154,14 @@ where
     /// Allocates the case and processes the tokens before its call.
     pub fn new(h: &'h H, case: PerfCase, dtype: Dtype) -> Result<Self> {
         let (backend, shape) = (h.backend(), case.shape(dtype)?);
-        let groups = if case.is_bound_by_memory() { ROTATED_BYTES.div_ceil(case.work(dtype).bytes as usize) } else { 1 };
-        let spec = shape.spec(case.batch, case.block_len).slots(case.batch * groups);
-        let plan = backend.plan(&spec.build()?)?;
+        let mut groups = if case.is_bound_by_memory() { ROTATED_BYTES.div_ceil(case.work(dtype).bytes as usize) } else { 1 };
+        let plan = loop {
+            match backend.plan(&shape.spec(case.batch, case.block_len).slots(case.batch * groups).build()?) {
+                // A ring may be no larger than a device lets a kernel reach.
+                Err(Error::LimitExceeded { .. }) if groups > 1 => groups /= 2,
+                plan => break plan?,
+            }
+        };
         let inputs = Inputs::new(&case, dtype);
         let tokens = |t: &Tensor| Held::input(h, &t.data, Layout::tokens(dtype, std::array::from_fn(|axis| t.shape[axis])));
         let memory = |t: &Tensor| Held::input(h, &t.data, Layout::packed(dtype, std::array::from_fn(|axis| t.shape[axis])));
