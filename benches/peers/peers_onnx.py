@@ -44,6 +44,8 @@ def session(p, threads, nodes, inputs, of_k):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    # Else its idle threads go on and take a core from whoever's turn it is.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     made = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     value = lambda x: onnxruntime.OrtValue.ortvalue_from_numpy(x.numpy())
     o = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shapes["q"], np.float32 if p.dtype == "f32" else np.float16, "cpu")
