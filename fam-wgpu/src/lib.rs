@@ -32,6 +32,7 @@ mod tile;
 pub use device::{Adapter, adapters};
 #[cfg(fam_mutants)]
 pub use mutants::MUTANTS;
+pub use pipeline::FEATURES;
 pub use region::Region;
 pub use tile::{BLOCK_N, FEW_ROWS};
 pub use wgpu;

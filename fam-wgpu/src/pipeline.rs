@@ -16,8 +16,8 @@ use std::time::Duration;
 /// alive: when there are so many, all are forgotten.
 const BIND_GROUPS: usize = 512;
 
-/// What kernels use where a device has it.
-pub(crate) const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP);
+/// The optional features that kernels use where a device was made with them.
+pub const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP);
 
 /// A device, and what is made on it once for all plans.
 #[derive(Debug)]
@@ -122,8 +122,8 @@ impl Gpu {
         }
     }
 
-    /// Workgroups in a dimension of a dispatch.
-    fn width(&self) -> u64 {
+    /// Most workgroups in a dimension of a dispatch.
+    fn max_groups(&self) -> u64 {
         self.limits.max_compute_workgroups_per_dimension.into()
     }
 
@@ -367,7 +367,7 @@ impl<'c> Ready<'c> {
             let bindings = kernel.tensors.iter().map(|tensor| call.binding(*tensor).unwrap_or(&gpu.nothing).clone());
             ready.push((*kernel, gpu.bind_group(bindings.collect())?, *groups, &plan.call_read));
         }
-        let max = gpu.width() * gpu.width();
+        let max = gpu.max_groups() * gpu.max_groups();
         if let Some((.., groups, _)) = ready.iter().find(|(.., groups, _)| *groups > max) {
             return Err(Error::LimitExceeded { what: "workgroups of a dispatch", requested: *groups, max });
         }
@@ -380,7 +380,7 @@ impl<'c> Ready<'c> {
     fn encode(self, encoder: &mut wgpu::CommandEncoder) {
         let Ready { call, lease, dispatches } = self;
         let plan: &WgpuPlan = call.plan;
-        let width = plan.gpu.width();
+        let width = plan.gpu.max_groups();
         plan.gpu.queue.write_buffer(&plan.pool.buffer, lease.offset(), bytemuck::cast_slice(call.words()));
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("fam"), timestamp_writes: None });
         for (kernel, tensors, groups, block) in dispatches {

@@ -7,7 +7,7 @@ use common::{Gpu, conform, least};
 use fam_core::{Backend, Op, Shape};
 use fam_cpu::{Cpu, Par};
 use fam_testkit::{Harness, Queue};
-use fam_wgpu::Wgpu;
+use fam_wgpu::{FEATURES, Wgpu};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 /// What was logged.
@@ -62,7 +62,7 @@ fn validated(limits: Option<wgpu::Limits>, make: fn(&wgpu::Device, &wgpu::Queue)
         adapters.into_iter().find(|adapter| adapter.get_info().name == name).expect("the same adapter behind the layers");
     let required_features = match limits {
         Some(_) => wgpu::Features::empty(),
-        None => adapter.features() & (wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP),
+        None => adapter.features() & FEATURES,
     };
     let required_limits = limits.unwrap_or_else(|| adapter.limits());
     let descriptor = wgpu::DeviceDescriptor { required_features, required_limits, ..Default::default() };

@@ -8,7 +8,7 @@
 mod common;
 
 use fam_core::{Backend, Dtype, InfiniRule, Op, Shape, Spec, Window};
-use fam_wgpu::Wgpu;
+use fam_wgpu::{FEATURES, Wgpu};
 use naga::back::spv;
 use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
@@ -17,9 +17,6 @@ use std::sync::LazyLock;
 
 /// Head dims: those that models have, and the edges of the shaders' vectors of four channels and chunks of 64.
 const HEAD_DIMS: [usize; 12] = [1, 4, 7, 32, 63, 64, 80, 96, 128, 129, 192, 256];
-
-/// What kernels use where a device has it.
-const FEATURES: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP);
 
 /// A device that compiles nothing and runs nothing.
 fn idle(required_features: wgpu::Features, required_limits: wgpu::Limits) -> Wgpu {
