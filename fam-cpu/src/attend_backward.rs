@@ -151,7 +151,15 @@ impl<'a> RowGroup<'a> {
             d_q: Output::new(rows.d_q, owner),
         }
     }
+
+    /// Asks for the inputs of a row.
+    fn prefetch<V: Vector>(&self, at: [usize; 4]) {
+        [self.q, self.o, self.d_o].iter().for_each(|input| input.row(at).prefetch::<V>());
+    }
 }
+
+/// Rows whose inputs are on their way: together as many cache lines as a core waits for.
+const AHEAD: usize = 8;
 
 /// δ of rows.
 struct Deltas<'a, 's> {
@@ -168,7 +176,12 @@ impl Body for Deltas<'_, '_> {
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NR: usize>(self) {
         let Deltas { rows, places, delta, wide: [o, d_o] } = self;
+        let mut ahead = places.clone().take(delta.len());
+        (&mut ahead).take(AHEAD).for_each(|at| rows.prefetch::<V>(at));
         for (delta, at) in delta.iter_mut().zip(places) {
+            if let Some(at) = ahead.next() {
+                rows.prefetch::<V>(at);
+            }
             widen_here::<V>(rows.o.row(at), o);
             widen_here::<V>(rows.d_o.row(at), d_o);
             let d_lse = rows.d_lse.as_ref().map_or(0.0, |d_lse| d_lse.f32(at)[0]);
@@ -230,6 +243,10 @@ impl Kernel<'_> {
         let (n, kv_head, group) = (task.n(), task.group(), shape.group());
         let count = piece.tokens * group;
         let places = |r: usize| piece.places(shape, [n, kv_head], r);
+        let mut tiles = Walk::new(shape, &self.keys, self.mem.as_ref(), piece, kv_head).peekable();
+        if let Some(first) = tiles.peek() {
+            first.prefetch::<V>();
+        }
 
         // 1. Rows, and δ of each.
         let (less, delta) = b.states.split_at_mut(self.tile.rows);
@@ -260,7 +277,10 @@ impl Kernel<'_> {
         b.d_q[..count.next_multiple_of(width) * dp].fill(0.0);
 
         // 2. All keys.
-        for tile in Walk::new(shape, &self.keys, self.mem.as_ref(), piece, kv_head) {
+        while let Some(tile) = tiles.next() {
+            if let Some(next) = tiles.peek() {
+                next.prefetch::<V>();
+            }
             self.tile::<V, F>(task, piece, &tile, b);
         }
 

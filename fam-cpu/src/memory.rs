@@ -1,8 +1,12 @@
 //! Memory of the CPU: bytes, read as elements where their address allows it.
 
+use crate::vector::Vector;
 use bytemuck::Pod;
 use fam_core::{Dtype, Error, Keys, Layout, Result, Spec, View, bf16, f16, mutate};
 use std::ops::Range;
+
+/// Bytes of a cache line, as a prefetch brings them.
+const CACHE_LINE: usize = 64;
 
 /// Elements of any dtype.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +61,11 @@ impl<'a> Elements<'a> {
             Elements::F32(x) => x,
             _ => unreachable!("validated: f32"),
         }
+    }
+
+    /// Asks for them.
+    pub fn prefetch<V: Vector>(self) {
+        self.bytes().chunks(CACHE_LINE).for_each(|line| V::prefetch_far(line.as_ptr()));
     }
 
     /// Their bytes.
@@ -145,6 +154,18 @@ impl<'a> HeadRows<'a> {
     #[inline(always)]
     pub fn get(&self, index: u64) -> Elements<'a> {
         self.data.part(self.first + self.row(index) as usize * self.stride, self.len)
+    }
+
+    /// Asks for rows that are one run of memory; of others one comes like any memory, when it is read.
+    #[inline(always)]
+    pub fn prefetch<V: Vector>(&self, rows: Range<u64>) {
+        let count = (rows.end - rows.start) as usize;
+        let Some((run, stride)) = self.run(rows.start, count) else { return };
+        let (bytes, size) = (run.bytes(), run.bytes().len() / run.len());
+        for t in 0..count {
+            let row = bytes.as_ptr().wrapping_add(t * stride * size);
+            (0..self.len * size).step_by(CACHE_LINE).for_each(|at| V::prefetch_far(row.wrapping_add(at)));
+        }
     }
 
     /// Rows `index .. index + count` as one run of memory, and the stride between them; `None` where a ring's end is between them.

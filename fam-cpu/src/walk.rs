@@ -12,6 +12,7 @@
 
 use crate::memory::{Cache, HeadRows};
 use crate::tile::{BLOCK_N, MAX_MR, MAX_WIDTH, Tile};
+use crate::vector::Vector;
 use fam_core::{Shape, Span, Window, mutate};
 use std::ops::Range;
 
@@ -175,6 +176,12 @@ impl KeyTile<'_> {
         let count = (self.range.end - self.range.start) as i64;
         let in_tile = |key: i64| (key - self.first).clamp(0, count) as usize;
         in_tile(keys.start)..in_tile(keys.end)
+    }
+
+    /// Asks for the keys and values. Those of a head lie apart, where no processor looks for them by itself.
+    pub fn prefetch<V: Vector>(&self) {
+        self.rows.0.prefetch::<V>(self.range.clone());
+        self.rows.1.prefetch::<V>(self.range.clone());
     }
 
     /// The place of the first key where factors hold so many terms ([`crate::product::Factor`]): places are counted from where a factor

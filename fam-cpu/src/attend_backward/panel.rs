@@ -28,7 +28,7 @@ pub(super) struct PanelBackward<'a, F> {
     /// What each vector sees; and each row of a vector that does not see all: its first key, and the one after its last.
     pub seen: &'a [Seen; MAX_MR],
     pub ranges: [&'a [f32]; 2],
-    /// Pᵀ, then dSᵀ, `[BLOCK_N][W]`.
+    /// dSᵀ in factors of keys, `[BLOCK_N / TERMS][W]`.
     pub s: &'a mut [f32],
     /// Pᵀ and dSᵀ of all rows in factors of rows, `[keys][stride]`, from the panel's first row on. Those of keys that a row does not see
     /// become 0.
@@ -49,19 +49,28 @@ impl<F: Form> Body for PanelBackward<'_, F> {
         for t in (0..any.start).chain(any.end..self.keys) {
             (0..MR).for_each(|j| self.hide::<V>(t, j));
         }
-        let mut t = any.start;
-        while t < any.end {
-            if any.len() < NR {
+        // From whole factors on, and up to whole ones where the tile has their last terms: those weigh 0.
+        let first = any.start / F::TERMS * F::TERMS;
+        let end = any.end.next_multiple_of(F::TERMS).min(self.keys);
+        let whole = end / F::TERMS * F::TERMS;
+        let mut t = first;
+        while t < whole {
+            if whole - first >= NR {
+                // The last keys again rather than fewer at once: the same numbers, in the same places.
+                self.weights::<V, MR, NR>(t.min(whole - NR));
+                t += NR;
+            } else if F::TERMS == 2 {
+                self.weights::<V, MR, 2>(t);
+                t += 2;
+            } else {
                 self.weights::<V, MR, 1>(t);
                 t += 1;
-            } else {
-                // The last keys again rather than fewer at once: the same numbers, in the same places.
-                self.weights::<V, MR, NR>(t.min(any.end - NR));
-                t += NR;
             }
         }
+        if whole < end {
+            self.weights::<V, MR, 1>(whole);
+        }
 
-        self.join::<V, MR>(&any);
         let keys = 0..self.keys;
         let of_all = if self.seen[..MR].iter().all(|s| *s == self.seen[0]) {
             Some(self.seen[0].factors(F::TERMS, &keys))
@@ -86,27 +95,6 @@ impl<F: Form> PanelBackward<'_, F> {
         F::put(V::splat(0.0), &mut self.d_s[at..]);
     }
 
-    /// dS of the panel in factors of keys, in the places of their first keys.
-    #[inline(always)]
-    fn join<V: Vector, const MR: usize>(&mut self, any: &Range<usize>) {
-        if F::TERMS == 1 {
-            return;
-        }
-        let width = MR * V::LANES;
-        for i in any.start / F::TERMS..any.end.div_ceil(F::TERMS) {
-            for lane in (0..width).step_by(V::LANES) {
-                let mut terms = [V::splat(0.0); 2];
-                for n in 0..F::TERMS {
-                    let key = i * F::TERMS + n;
-                    if mutate!("backward-pair-lost", any.contains(&key), any.start <= key && key + n < any.end) {
-                        terms[n] = V::load(&self.s[key * width + lane..]);
-                    }
-                }
-                F::join(terms).store(&mut self.s[i * width + lane..]);
-            }
-        }
-    }
-
     /// P and dS of the keys `t .. t + N` in all vectors; 0 where a row does not see the key.
     #[inline(always)]
     fn weights<V: Vector, const MR: usize, const N: usize>(&mut self, t: usize) {
@@ -118,9 +106,9 @@ impl<F: Form> PanelBackward<'_, F> {
             if sees(&self.seen[j]) {
                 self.weights_of::<V, MR, 1, N>(j, t);
             } else {
-                for t in t..t + N {
-                    self.hide::<V>(t, j);
-                    V::splat(0.0).store(&mut self.s[t * MR * V::LANES + j * V::LANES..]);
+                (t..t + N).for_each(|t| self.hide::<V>(t, j));
+                for i in t / F::TERMS..(t + N).div_ceil(F::TERMS) {
+                    V::splat(0.0).store(&mut self.s[i * MR * V::LANES + j * V::LANES..]);
                 }
             }
         }
@@ -142,27 +130,29 @@ impl<F: Form> PanelBackward<'_, F> {
         }
         let less = load::<V, M, 1>(&self.less[lanes..], 0)[0];
         let delta = load::<V, M, 1>(&self.delta[lanes..], 0)[0];
+        let mut p = logits;
         for i in 0..N {
-            let s = &mut self.s[(t + i) * width..][..width];
             let to = &mut self.p[(t + i) * self.stride..][..width / F::TERMS];
             for j in 0..M {
-                let p = exp2(logits[i][j].mul_add(scale, less[j]).mul(V::splat(std::f32::consts::LOG2_E)));
-                let p = if sees_all[j] { p } else { within.or_0(p, t + i, j) };
-                p.store(&mut s[lanes + j * V::LANES..]);
-                F::put(p, &mut to[(lanes + j * V::LANES) / F::TERMS..]);
+                let of_key = exp2(logits[i][j].mul_add(scale, less[j]).mul(V::splat(std::f32::consts::LOG2_E)));
+                p[i][j] = if sees_all[j] { of_key } else { within.or_0(of_key, t + i, j) };
+                F::put(p[i][j], &mut to[(lanes + j * V::LANES) / F::TERMS..]);
             }
         }
         let d_o = Lanes { data: &self.d_o[lanes..], stride: width };
         let d_p = chained::<V, F, M, N>(d_o, self.v.over_channels().skip(t), factors);
-        for i in 0..N {
-            let s = &mut self.s[(t + i) * width..][..width];
-            let to = &mut self.d_s[(t + i) * self.stride..][..width / F::TERMS];
+        for factor in 0..N.div_ceil(F::TERMS) {
             for j in 0..M {
-                let s = &mut s[lanes + j * V::LANES..];
-                let d_s = V::load(s).mul(d_p[i][j].sub(delta[j]));
-                let d_s = if sees_all[j] { d_s } else { within.or_0(d_s, t + i, j) };
-                d_s.store(s);
-                F::put(d_s, &mut to[(lanes + j * V::LANES) / F::TERMS..]);
+                let mut terms = [V::splat(0.0); 2];
+                for n in 0..F::TERMS {
+                    let i = factor * F::TERMS + n;
+                    if mutate!("backward-pair-lost", i < N, i + n < N) {
+                        let d_s = p[i][j].mul(d_p[i][j].sub(delta[j]));
+                        terms[n] = if sees_all[j] { d_s } else { within.or_0(d_s, t + i, j) };
+                        F::put(terms[n], &mut self.d_s[(t + i) * self.stride + (lanes + j * V::LANES) / F::TERMS..]);
+                    }
+                }
+                F::join(terms).store(&mut self.s[(t / F::TERMS + factor) * width + lanes + j * V::LANES..]);
             }
         }
     }
