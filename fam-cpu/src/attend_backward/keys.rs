@@ -95,9 +95,9 @@ impl<F: Factor> Gradients<'_, '_, F> {
         let weights = self.weights.skip(t);
         let weights = Broadcast { data: &weights.data[factors.start..], ..weights };
         let end = lane + M * V::LANES;
-        // What is added to lies further away than caches of a core reach, and comes while the products are made.
-        for i in 0..N {
-            let to = self.to.row(t + i).as_ptr().wrapping_add(lane);
+        // What is added to lies further away than caches of a core reach. It is asked for while the products before it are made.
+        for i in if t == 0 { 0..2 * N } else { N..2 * N } {
+            let to = self.to.row((t + i).min(self.factors.len() - 1)).as_ptr().wrapping_add(lane);
             for j in 0..M {
                 V::prefetch(to.wrapping_add(j * V::LANES));
             }
