@@ -11,6 +11,7 @@
 //! Both row groups run in one dispatch where the device binds eleven buffers, else in two. Blocks with few rows have kernels of their own (`few.rs`).
 
 use crate::call::{Caches, Call, Size, T, code};
+use crate::load::OfRows;
 use crate::pipeline::{Dispatch, Gpu, Kernel, Shader, enqueue};
 use crate::tile::{AttendTile, FEW_ROWS, FewTile};
 use crate::{Region, WgpuPlan, few, infini_read};
@@ -33,9 +34,9 @@ pub(crate) struct Kernels {
 #[derive(Clone, Debug)]
 enum RowGroups {
     /// One kernel both.
-    Together(Kernel),
+    Together(OfRows),
     /// One kernel each.
-    Apart { rows: Kernel, mem_rows: Kernel },
+    Apart { rows: OfRows, mem_rows: OfRows },
 }
 
 const TOGETHER: Shader = Shader {
@@ -76,7 +77,7 @@ impl Kernels {
                 code(shape.dtype()),
                 gpu.lanes(),
             );
-            gpu.kernel(shader, &constants)
+            OfRows::new(gpu, shape, shader, &constants)
         };
         let groups = match are_together(&gpu.limits) {
             true => RowGroups::Together(kernel(TOGETHER, true, true)?),
@@ -159,8 +160,8 @@ pub(crate) fn attend(
     let heads = (call.batch() * shape.kv_heads()) as u64;
     let dispatch = |kernel, tiles: usize| Dispatch { kernel, groups: heads * (blocks * tiles) as u64 };
     let mut dispatches = match &kernels.groups {
-        RowGroups::Together(both) => vec![dispatch(both, row_tiles + mem_tiles)],
-        RowGroups::Apart { rows, mem_rows } => vec![dispatch(rows, row_tiles), dispatch(mem_rows, mem_tiles)],
+        RowGroups::Together(both) => vec![dispatch(both.of(&call), row_tiles + mem_tiles)],
+        RowGroups::Apart { rows, mem_rows } => vec![dispatch(rows.of(&call), row_tiles), dispatch(mem_rows.of(&call), mem_tiles)],
     };
     if let Some(few) = kernels.few.as_ref().filter(|_| has_few) {
         // Behind the local attention's output.

@@ -252,6 +252,12 @@ impl<'a> Call<'a> {
         Ok(())
     }
 
+    /// Whether all rows of these tensors begin at multiples of four elements of their bindings.
+    pub fn lie_in_fours(&self, mut tensors: impl Iterator<Item = T>) -> bool {
+        // Offset and strides: 0 of a tensor that was not named.
+        tensors.all(|tensor| self.words[TENSORS + 8 * tensor as usize..][..5].iter().all(|word| word.is_multiple_of(4)))
+    }
+
     /// What `tensor` is bound to, if it was named and has elements.
     pub fn binding(&self, tensor: T) -> Option<&Binding> {
         self.bindings[tensor as usize].as_ref()

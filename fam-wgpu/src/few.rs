@@ -5,6 +5,7 @@
 //! token alone, as one of a draft, in any batch, from a ring or a linear cache, and any window, however far it goes, keeps all splits busy.
 
 use crate::call::{Call, Size, T, code};
+use crate::load::{self, OfRows};
 use crate::pipeline::{Dispatch, Gpu, Kernel, Shader};
 use crate::tile::{FEW_ROWS, FewTile};
 use fam_core::{Plan, Result, Spec};
@@ -13,7 +14,7 @@ use fam_core::{Plan, Result, Spec};
 #[derive(Clone, Debug)]
 pub(crate) struct Kernels {
     tile: FewTile,
-    split: Kernel,
+    split: OfRows,
     join: Kernel,
 }
 
@@ -46,7 +47,8 @@ impl Kernels {
             code(shape.dtype()),
         );
         let sizes = format!("{constants}const QUADS = {quads}u;\nconst VALUE_LANES = {value_lanes}u;\n{}", gpu.lanes());
-        Ok(Some(Kernels { tile, split: gpu.kernel(SPLIT, &sizes)?, join: gpu.kernel(JOIN, &constants)? }))
+        let split = OfRows::new(gpu, shape, SPLIT, &sizes)?;
+        Ok(Some(Kernels { tile, split, join: gpu.kernel(JOIN, &format!("{constants}{}", load::each()))? }))
     }
 
     /// Floats of scratch memory of the largest call.
@@ -67,7 +69,7 @@ impl Kernels {
         let heads = (call.batch() * shape.kv_heads() * blocks) as u64;
         let threads = heads * (rows * shape.head_dim().div_ceil(4)) as u64;
         [
-            Dispatch { kernel: &self.split, groups: heads * (splits * tiles) as u64 },
+            Dispatch { kernel: self.split.of(call), groups: heads * (splits * tiles) as u64 },
             Dispatch { kernel: &self.join, groups: threads.div_ceil(64) },
         ]
     }

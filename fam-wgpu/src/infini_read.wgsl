@@ -15,10 +15,6 @@ var<workgroup> matrix: array<vec4<f32>, STEP * 16u>; // m [channel][column], of 
 var<workgroup> norm: array<f32, STEP>;               // z
 var<workgroup> partial: array<vec4<f32>, THREADS>;
 
-fn words2(which: u32, in_memory: bool, i: u32, j: u32) -> vec2<u32> {
-    return vec2(q[i], q[j]);
-}
-
 fn put(which: u32, i: u32, w: u32) {
     atomicStore(&o[i], w);
 }

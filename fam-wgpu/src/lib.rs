@@ -19,6 +19,7 @@ mod device;
 mod few;
 mod infini_read;
 mod infini_write;
+mod load;
 mod merge;
 #[cfg(fam_mutants)]
 mod mutants;

@@ -45,6 +45,13 @@ pub(crate) struct Kernel {
     tensors: &'static [T],
 }
 
+impl Kernel {
+    /// The tensors that it binds.
+    pub fn tensors(&self) -> impl Iterator<Item = T> {
+        self.tensors.iter().copied()
+    }
+}
+
 /// A shader to be compiled.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shader {

@@ -1,4 +1,4 @@
-// Query rows in tiles: which a workgroup has, and their elements as vectors of four channels. An op's own text gives `words2`, `put` and `put_half`.
+// Query rows in tiles: which a workgroup has, and how vectors of four of their channels are written. An op's own text gives `put` and `put_half`.
 
 const COLUMNS = (HEAD_DIM + 3u) / 4u; // vectors of four channels
 const CHUNKS = (COLUMNS + 15u) / 16u; // and 64 channels at once
@@ -15,42 +15,6 @@ struct Piece {
     base: i32,        // first token of the block, from the call's first
     oldest: i32,      // first key that exists; positions count from the block's first token
     end: i32,         // one past the last key that a memory row sees
-}
-
-// The words of four channels of the row at element `at`: nothing is made of them yet, so that many can be on their way. Words beyond the row are
-// not read.
-fn ask(which: u32, in_memory: bool, at: u32, column: u32) -> vec4<u32> {
-    let last = word(DTYPE, at + HEAD_DIM - 1u);
-    let first = word(DTYPE, at + 4u * column);
-    let words = vec4(words2(which, in_memory, first, min(first + 1u, last)), 0u, 0u);
-    // Two elements to a word, a row that begins with the second of one has a third.
-    if (DTYPE == F32 || (at & 1u) == 1u) {
-        return vec4(words.xy, words2(which, in_memory, min(first + 2u, last), min(first + 3u, last)));
-    }
-    return words;
-}
-
-// Their elements; channels beyond the head are 0.
-fn widen(words: vec4<u32>, at: u32, column: u32) -> vec4<f32> {
-    var x = bitcast<vec4<f32>>(words);
-    if (DTYPE != F32) {
-        let is_odd = (at & 1u) == 1u;
-        let low = select(words.x, (words.x >> 16u) | (words.y << 16u), is_odd);
-        let high = select(words.y, (words.y >> 16u) | (words.z << 16u), is_odd);
-        x = vec4(half(DTYPE, low, 0u), half(DTYPE, low, 1u), half(DTYPE, high, 0u), half(DTYPE, high, 1u));
-    }
-    if (HEAD_DIM % 4u == 0u) {
-        return x;
-    }
-    return select(vec4(0.0), x, vec4(4u * column) + vec4(0u, 1u, 2u, 3u) < vec4(HEAD_DIM));
-}
-
-// Four channels of the row at element `at`; 0 where it is not there.
-fn load4(which: u32, in_memory: bool, at: u32, column: u32, is_there: bool) -> vec4<f32> {
-    if (!is_there) {
-        return vec4(0.0);
-    }
-    return widen(ask(which, in_memory, at, column), at, column);
 }
 
 fn store4(which: u32, dtype: u32, i: u32, column: u32, x: vec4<f32>) {

@@ -4,7 +4,9 @@ mod common;
 
 use common::{Gpu, adapter, device};
 use fam_core::Op;
-use fam_testkit::{Case, CaseFile, Distribution, Filter, Harness, Level, Outcome, case_file, case_seed, endless, run_case};
+use fam_testkit::{
+    Case, CaseFile, Distribution, Filter, Harness, Level, Outcome, Strides, case_file, case_seed, endless, run_case,
+};
 
 /// The first finite cases of an op that fill more than a tile and are quickly judged.
 fn cases(op: Op, count: usize) -> Vec<Case> {
@@ -30,6 +32,24 @@ fn the_same_bits_without_the_features_of_the_device() {
     assert!(!plain.0.variant().0.contains('-'), "{:?}", plain.0.variant());
     for case in cases(Op::Attend, 10) {
         assert_eq!(digest(&all, &case), digest(&plain, &case), "{case}");
+    }
+}
+
+/// Rows that are read as vectors of four channels, and rows that lie so that they are not: many of a block, and few.
+#[test]
+fn the_same_bits_wherever_rows_begin() {
+    let gpu = Gpu(device());
+    let filter = Filter { ops: vec![Op::Attend], ..Filter::default() };
+    let few = (0..).filter_map(|i| Case::generate(case_seed(8, i), &filter));
+    let few = few.filter(|c| c.distribution != Distribution::NonFinite && c.len() <= 2 && c.work() < 500_000);
+    let in_fours = |case: &Case| case.shape.head_dim().is_multiple_of(4);
+    for case in cases(Op::Attend, 30).into_iter().filter(in_fours).take(6).chain(few.filter(in_fours).take(6)) {
+        let [packed, padded] = [Strides::Packed, Strides::Padded].map(|strides| {
+            let mut case = case.clone();
+            case.strides = strides;
+            digest(&gpu, &case)
+        });
+        assert_eq!(packed, padded, "{case}");
     }
 }
 
