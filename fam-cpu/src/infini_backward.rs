@@ -72,11 +72,15 @@ pub(crate) fn infini_read_backward(
     sum_streams(par, scratch, shape, View::new(parts, layout), args.d_beta)
 }
 
-/// Where each stream's part of a gradient per head lies, in two numbers: `[N, Hq, 2]`.
+/// Where each stream's part of a gradient per head lies, in two numbers: `[N, Hq, 2]`, each head's in a cache line of its own, since tasks add to
+/// them row by row.
 pub(crate) fn per_stream(streams: usize, shape: &Shape) -> Layout {
     let heads = shape.heads();
-    Layout { shape: [streams, 1, 1, heads, 2], stride: [2 * heads, 0, 0, 2], ..Layout::per_head(heads) }
+    Layout { shape: [streams, 1, 1, heads, 2], stride: [PER_HEAD * heads, 0, 0, PER_HEAD], ..Layout::per_head(heads) }
 }
+
+/// Elements of a head's part.
+pub(crate) const PER_HEAD: usize = 16;
 
 /// Adds to a sum of two numbers, of which the second has what the first has lost: all rows of a stream add to it one by one, and a single f32
 /// would stop counting.

@@ -123,13 +123,14 @@ pub(crate) fn worker_share(spec: &Spec) -> usize {
 }
 
 /// Elements of scratch memory that all tasks of an op share, for any op of the plan: what splits leave, or each stream's part of a gradient
-/// per head, in two numbers.
+/// per head.
 pub(crate) fn shared(spec: &Spec, threads: usize) -> usize {
     let (shape, has) = (spec.shape(), |op| spec.ops().contains(&op));
     let heads = (spec.batch() * shape.kv_heads()).min(TASKS_ENOUGH.saturating_mul(threads).saturating_sub(1));
     let splits =
         if has(Op::Attend) && threads > 1 { heads * shape.group() * MAX_SPLITS * few_tokens(spec) * partial(shape) } else { 0 };
-    let sums = if has(Op::AttendBackward) || has(Op::InfiniReadBackward) { 2 * spec.batch() * shape.heads() } else { 0 };
+    let has_sums = has(Op::AttendBackward) || has(Op::InfiniReadBackward);
+    let sums = if has_sums { crate::infini_backward::PER_HEAD * spec.batch() * shape.heads() } else { 0 };
     splits.max(sums)
 }
 

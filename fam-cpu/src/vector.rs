@@ -116,7 +116,7 @@ pub(crate) trait Vector: Copy {
     fn max(self, other: Self) -> Self;
     /// The smaller; `self` where either is NaN.
     fn min(self, other: Self) -> Self;
-    /// `self · 2ⁿ` for integral n in −152 ..= 127, rounded once, subnormal results included. Any value where `self` and `n` are NaN
+    /// `self · 2ⁿ` for integral n in −152 ..= 128, rounded once, subnormal results included. Any value where `self` and `n` are NaN
     /// together is NaN.
     fn ldexp(self, n: Self) -> Self;
     /// The nearest integer, for |self| < 2²².
@@ -167,7 +167,7 @@ pub(crate) fn lane_sums<V: Vector>(mut x: [V; MAX_LANES], n: usize) -> [f32; MAX
     sums
 }
 
-/// 2ˣ for x ≤ 0 within 2 ulp: 1 for 0, 0 for −∞, NaN for NaN, correctly rounded subnormals. Not for x > 127.
+/// 2ˣ for x ≤ 0 within 2 ulp: 1 for 0, 0 for −∞, NaN for NaN, correctly rounded subnormals; ∞ for 128. Not for x > 128.
 ///
 /// x = n + r with |r| ≤ ½, and 2ʳ by the polynomial of Cephes' `exp2f` (S. Moshier).
 #[inline(always)]
@@ -276,6 +276,7 @@ mod tests {
             let ends = [0.0, -0.0, f32::NEG_INFINITY, -1e30, lowest];
             let want = [1.0f32, 1.0, 0.0, 0.0, 0.0];
             assert_eq!(isa.run(Of(function, &ends)).iter().map(|x| x.to_bits()).collect::<Vec<_>>(), want.map(f32::to_bits));
+            assert_eq!(isa.run(Of(Exp2, &[128.0])), [f32::INFINITY], "{isa}");
         }
     }
 

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Outputs, Stream, shape};
-use fam_core::{Dtype, Window};
+use fam_core::{Dtype, Element, Window, bf16};
 use fam_cpu::{Cpu, Executor, Par, Pool};
 
 fn stream() -> Stream<f32> {
@@ -81,11 +81,17 @@ fn pools_serve_several_threads_and_sit_inside_others() {
 /// Threads draw tasks in another order each time.
 #[test]
 fn repeats_have_the_same_bits() {
+    repeats_of::<f32>();
+    repeats_of::<bf16>();
+}
+
+/// Of 20 shapes, whose blocks' rows are too many to be few.
+fn repeats_of<T: Element>() {
     let (cpu, pool) = (Cpu::new().unwrap().with_threads(3), Pool::new(3).unwrap());
     let windows = [Window::Blocks(2), Window::Tokens(20)];
     let shapes = [[1, 1], [6, 3]].into_iter().flat_map(|heads| windows.map(|window| (heads, window)));
     for (heads, window, d) in shapes.flat_map(|(heads, window)| [1, 16, 33, 64, 128].map(|d| (heads, window, d))) {
-        let stream = Stream::<f32>::new(shape(heads, d, 16, window, 5, Dtype::F32), 50, 7);
+        let stream = Stream::<T>::new(shape(heads, d, 20, window, 5, T::DTYPE), 50, 7);
         let serial = stream.prefill(&cpu, &mut Par::Serial).bits();
         for _ in 0..250 {
             assert!(stream.prefill(&cpu, &mut Par::Pool(&pool)).bits() == serial, "{:?}", stream.shape);

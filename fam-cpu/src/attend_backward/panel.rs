@@ -134,7 +134,9 @@ impl<F: Form> PanelBackward<'_, F> {
         for i in 0..N {
             let to = &mut self.p[(t + i) * self.stride..][..width / F::TERMS];
             for j in 0..M {
-                let of_key = exp2(logits[i][j].mul_add(scale, less[j]).mul(V::splat(std::f32::consts::LOG2_E)));
+                // 2¹²⁸ is ∞: of an lse that is not that of these keys, as the formula has it.
+                let exponent = logits[i][j].mul_add(scale, less[j]).mul(V::splat(std::f32::consts::LOG2_E)).min(V::splat(128.0));
+                let of_key = exp2(exponent);
                 p[i][j] = if sees_all[j] { of_key } else { within.or_0(of_key, t + i, j) };
                 F::put(p[i][j], &mut to[(lanes + j * V::LANES) / F::TERMS..]);
             }
