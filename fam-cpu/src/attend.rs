@@ -220,10 +220,6 @@ impl Kernel<'_> {
         let (n, kv_head, group) = (task.n(), task.group(), shape.group());
         let (count, size) = (piece.tokens * group, dp * width);
         let places = |r: usize| piece.places(shape, [n, kv_head], r);
-        let mut tiles = Walk::new(shape, &self.keys, self.mem.as_ref(), piece, kv_head).peekable();
-        if let Some(first) = tiles.peek() {
-            first.prefetch::<V>();
-        }
         for (q, first) in b.q.chunks_exact_mut(size).zip((0..count).step_by(width)) {
             pack::panel::<V, F>(places(first).map(|at| rows.q.row(at)), width.min(count - first), self.sign, q);
         }
@@ -233,10 +229,7 @@ impl Kernel<'_> {
         row_sum[..fresh].fill(0.0);
         b.acc[..count.next_multiple_of(width) * dp].fill(0.0);
 
-        while let Some(tile) = tiles.next() {
-            if let Some(next) = tiles.peek() {
-                next.prefetch::<V>();
-            }
+        for tile in Walk::new(shape, &self.keys, self.mem.as_ref(), piece, kv_head) {
             self.tile::<V, F>(&tile, count, b);
         }
 

@@ -156,11 +156,12 @@ impl<'a> HeadRows<'a> {
         self.data.part(self.first + self.row(index) as usize * self.stride, self.len)
     }
 
-    /// Asks for rows that are one run of memory; of others one comes like any memory, when it is read.
+    /// Asks for rows that lie apart. A processor's own prefetch finds those that do not; and of rows around a ring's end each comes when it is
+    /// read.
     #[inline(always)]
     pub fn prefetch<V: Vector>(&self, rows: Range<u64>) {
         let count = (rows.end - rows.start) as usize;
-        let Some((run, stride)) = self.run(rows.start, count) else { return };
+        let Some((run, stride)) = self.run(rows.start, count).filter(|(_, stride)| *stride > self.len) else { return };
         let (bytes, size) = (run.bytes(), run.bytes().len() / run.len());
         for t in 0..count {
             let row = bytes.as_ptr().wrapping_add(t * stride * size);

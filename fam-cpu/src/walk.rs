@@ -178,7 +178,7 @@ impl KeyTile<'_> {
         in_tile(keys.start)..in_tile(keys.end)
     }
 
-    /// Asks for the keys and values. Those of a head lie apart, where no processor looks for them by itself.
+    /// Asks for the keys and values, as [`HeadRows::prefetch`] does.
     pub fn prefetch<V: Vector>(&self) {
         self.rows.0.prefetch::<V>(self.range.clone());
         self.rows.1.prefetch::<V>(self.range.clone());
