@@ -98,10 +98,12 @@ def interval(values, resamples=2000):
 
 def right_peers(problem, threads):
     """The peers whose results are right, and why others are left out."""
+    import peers_ggml
     import peers_onnx
     import peers_torch
     right, left_out = {}, {}
-    for name, make in (peers_torch.peers(problem) | peers_onnx.peers(problem, threads)).items():
+    all_peers = peers_torch.peers(problem) | peers_onnx.peers(problem, threads) | peers_ggml.peers(problem, threads)
+    for name, make in all_peers.items():
         try:
             run, results = make()
             fault = problem.fault(results())

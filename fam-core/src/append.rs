@@ -1,5 +1,6 @@
 //! Arguments of `append`: new keys and values enter the cached tensors.
 
+use crate::attend::same_entries;
 use crate::door::{Door, Expect};
 use crate::span::Extent;
 use crate::{Memory, Op, Plan, Result, Spans, View, ViewMut};
@@ -37,7 +38,7 @@ pub struct AppendMem<'a, M: ?Sized> {
     pub v: View<'a, M>,
     /// `[slots, entries, F, Hkv, D]` in the shape's kv_dtype.
     pub to_k: ViewMut<'a, M>,
-    /// As `to_k`.
+    /// As `to_k`, with as many entries.
     pub to_v: ViewMut<'a, M>,
 }
 
@@ -85,6 +86,7 @@ impl<'a, M: Memory + ?Sized> Append<'a, M> {
             let expect = Expect { field: "to_k", dtype: shape.kv_dtype(), at_least: [slots, blocks.max(1), mem_len], exactly };
             door.output(expect, to_k)?;
             door.output(expect.named("to_v"), to_v)?;
+            same_entries("to_v", &to_k.layout, &to_v.layout)?;
         }
         door.close()
     }

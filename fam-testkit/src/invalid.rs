@@ -7,8 +7,8 @@ use crate::harness::{Harness, Mem, Owned};
 use crate::launch::{Stop, plan};
 use crate::runner::{Outcome, Passed, caught};
 use fam_core::{
-    Attend, Backend, Dtype, Error, InfiniRule, InfiniState, InfiniWrite, Keys, Layout, Merge, Op, Partial, Plan, Result, Rows,
-    Shape, Span, Spans, View, ViewMut, Window,
+    Append, Attend, Backend, Dtype, Error, InfiniRule, InfiniState, InfiniWrite, Keys, Layout, Merge, Op, Partial, Plan, Result,
+    Rows, Shape, Span, Spans, View, ViewMut, Window,
 };
 use std::borrow::{Borrow, BorrowMut};
 use std::collections::BTreeMap;
@@ -124,6 +124,7 @@ pub fn invalid_calls<H: Harness + ?Sized>(h: &H) -> Vec<(&'static str, Outcome)>
     let mut ring = Call::valid();
     (ring.uses_ring, ring.short[0]) = (true, 1);
     outcomes.push(("a ring that is too short", refused("ring", || attend(h, ring))));
+    outcomes.push(("memory rows for values of fewer entries than for keys", refused("to_v", || append(h, [4, 3]))));
     outcomes.push(("too few entries of m", refused("m", || infini_write(h, 2, 3, D))));
     outcomes.push(("z with other entries than m", refused("z", || infini_write(h, 3, 4, D))));
     outcomes.push(("z of another head_dim", refused("z", || infini_write(h, 3, 3, D - 1))));
@@ -214,6 +215,25 @@ fn attend<H: Harness + ?Sized>(h: &H, call: Call) -> Result<(), Stop> {
         all_untouched &= is_untouched(h, buffer, layout)?;
     }
     typed(result, all_untouched)
+}
+
+/// Memory rows into so many entries of keys and of values.
+fn append<H: Harness + ?Sized>(h: &H, entries: [usize; 2]) -> Result<(), Stop> {
+    let plan = plan(h, &shape(false)?.spec(N, 8).blocks(2).slots(SLOTS).ops(&[Op::Append]).build()?)?;
+    let new = Tensor::new(Layout::packed(Dtype::F32, [N, 2, F, HKV, D]), 0);
+    let layouts = entries.map(|entries| Layout::packed(Dtype::F32, [SLOTS, entries, F, HKV, D]));
+    let (mut to_k, mut to_v) = (buffer(h, layouts[0])?, buffer(h, layouts[1])?);
+    let kv = h.upload(&new.bytes)?;
+    let mut scratch = h.poisoned(plan.support().scratch_bytes)?;
+    let spans = Call::valid().spans;
+    let result = h.run(&mut |queue| {
+        let kv = View::new(kv.borrow(), new.layout);
+        let (to_k, to_v) = (ViewMut::new(to_k.borrow_mut(), layouts[0]), ViewMut::new(to_v.borrow_mut(), layouts[1]));
+        let args = Append::new(Spans::Host(&spans)).mem_rows(kv, kv, to_k, to_v);
+        h.backend().append(&plan, queue, args, scratch.borrow_mut())
+    });
+    let both_untouched = is_untouched(h, &to_k, &layouts[0])? && is_untouched(h, &to_v, &layouts[1])?;
+    typed(result, both_untouched)
 }
 
 fn infini_write<H: Harness + ?Sized>(h: &H, m_entries: usize, z_entries: usize, z_dim: usize) -> Result<(), Stop> {

@@ -13,9 +13,9 @@
 //! A plan has some hundred blocks. One is written for each call and comes back when the work of the encoder that it went into is done, or the
 //! encoder is dropped; so any number of calls may wait in one encoder, each with what it was enqueued with.
 
-use crate::pipeline::Binding;
+use crate::pipeline::{Binding, Gpu};
 use crate::{Region, WgpuPlan};
-use fam_core::{Dtype, Error, Keys, Layout, Plan, Result, Span, Spans, Spec, View, ViewMut, Window};
+use fam_core::{Dtype, Error, Keys, Layout, Memory, Plan, Result, Span, Spans, Spec, View, ViewMut, Window};
 use std::sync::{Arc, Mutex, PoisonError};
 
 const TENSORS: usize = 40;
@@ -137,6 +137,9 @@ impl<'a> Call<'a> {
                 call.max_blocks = spans.iter().map(|s| s.blocks(shape.block_len())).max().unwrap_or(0);
             }
             Spans::Device { mem, batch } => {
+                if !mem.is_aligned(Dtype::F32) {
+                    return Err(Error::invalid("spans", "misaligned memory", "at a multiple of 4 bytes"));
+                }
                 let bytes = (batch * size_of::<Span>()) as u64;
                 let (binding, at) = Binding::new(&plan.gpu, "spans", mem, 0..bytes)?;
                 call.spans = Some(binding);
@@ -147,8 +150,8 @@ impl<'a> Call<'a> {
                 call.set(Size::MostBlocks, blocks);
                 call.set(Size::KeyRows, caches.key_rows.map_or(u32::MAX, |rows| rows.min(u64::from(u32::MAX)) as u32));
                 call.set(Size::HasMem, u32::from(caches.mem_entries.is_some()));
-                call.set(Size::MemEntries, caches.mem_entries.unwrap_or(1).max(1) as u32);
-                call.set(Size::StateEntries, caches.state_entries.max(1) as u32);
+                call.set(Size::MemEntries, size32("entries of memory keys", caches.mem_entries.unwrap_or(1).max(1))?);
+                call.set(Size::StateEntries, size32("entries of states", caches.state_entries.max(1))?);
                 call.set(Size::Writes, caches.writes as u32);
                 (call.max_rows, call.max_blocks) = (spec.rows(), spec.blocks());
             }
@@ -245,7 +248,8 @@ impl<'a> Call<'a> {
         let (binding, at) = Binding::new(&self.plan.gpu, "bytes of a tensor that a shader reaches", mem, first..bytes)?;
         // Strides along axes of one entry are never taken, and may be anything.
         let stride = |axis: usize| if layout.shape[axis] > 1 { layout.stride[axis] as u32 } else { 0 };
-        let [blocks, rows] = [1, 2].map(|axis| layout.shape[axis] as u32);
+        let blocks = size32("entries of a tensor", layout.shape[1])?;
+        let rows = size32("rows of a tensor", layout.shape[2])?;
         let words = [(at / size) as u32, stride(0), stride(1), stride(2), stride(3), blocks, rows, code(layout.dtype)];
         self.words[TENSORS + 8 * tensor as usize..][..8].copy_from_slice(&words);
         self.bindings[tensor as usize] = Some(binding);
@@ -298,6 +302,11 @@ pub(crate) fn code(dtype: Dtype) -> u32 {
     }
 }
 
+/// A size that shaders count with; an axis of stride 0 can have more.
+fn size32(what: &'static str, size: usize) -> Result<u32> {
+    u32::try_from(size).map_err(|_| Error::LimitExceeded { what, requested: size as u64, max: u32::MAX.into() })
+}
+
 /// A validated host span as shaders read it; `call.wgsl` says the same of device spans.
 fn record(span: &Span, spec: &Spec, caches: Caches) -> [u32; STREAM] {
     let shape = spec.shape();
@@ -306,7 +315,7 @@ fn record(span: &Span, spec: &Spec, caches: Caches) -> [u32; STREAM] {
         rows if caches.key_rows.is_none() && rows > 0 => before % rows,
         _ => before,
     };
-    let modulo = |entry: u32, entries: usize| entry % entries.max(1) as u32;
+    let modulo = |entry: u32, entries: usize| (u64::from(entry) % entries.max(1) as u64) as u32;
     [
         span.len,
         span.slot,
@@ -356,11 +365,11 @@ impl Pool {
     ///
     /// # Errors
     /// [`Error::LimitExceeded`] where as many calls as there are blocks wait for their encoders' end.
-    pub fn lease(self: &Arc<Self>, device: &wgpu::Device) -> Result<Lease> {
+    pub fn lease(self: &Arc<Self>, gpu: &Gpu) -> Result<Lease> {
         let take = || self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let block = take().or_else(|| {
             // Those whose work is done come back when the device is asked.
-            let _ = device.poll(wgpu::PollType::Poll);
+            let _ = gpu.poll(wgpu::PollType::Poll);
             take()
         });
         let limit = Error::LimitExceeded { what: "calls that wait to be done", requested: self.blocks + 1, max: self.blocks };

@@ -109,9 +109,7 @@ impl Wgpu {
     }
 
     fn wait(&self) -> Result<()> {
-        let done = self.gpu.device.poll(wgpu::PollType::wait_indefinitely());
-        self.gpu.check()?;
-        done.map(|_| ()).map_err(|error| Error::DeviceLost { reason: error.to_string() })
+        self.gpu.poll(wgpu::PollType::wait_indefinitely())
     }
 
     fn write(&self, buffer: &wgpu::Buffer, offset: u64, words: &[u8]) -> Result<()> {
@@ -189,6 +187,7 @@ impl Device for Wgpu {
         self.gpu.check()?;
         let at = whole_words("clear", within("clear", mem, at)?)?;
         if at.start < at.end {
+            has_usage("clear", mem, wgpu::BufferUsages::COPY_DST)?;
             encoder.clear_buffer(mem.buffer(), at.start, Some(at.end - at.start));
         }
         Ok(())
@@ -203,6 +202,7 @@ impl Device for Wgpu {
             return Err(Error::invalid("copy_within.to", format!("{to:?}"), format!("no overlap with from = {from:?}")));
         }
         if size > 0 {
+            has_usage("copy_within", mem, wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST)?;
             // wgpu copies between buffers only.
             let staging = self.gpu.buffer("fam: copy", size, wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST)?;
             encoder.copy_buffer_to_buffer(mem.buffer(), from.start, &staging, 0, size);
@@ -213,6 +213,14 @@ impl Device for Wgpu {
 
     fn read_ring(&self, plan: &WgpuPlan, encoder: &mut wgpu::CommandEncoder, args: ReadRing<'_, Region>) -> Result<()> {
         append::read_ring(plan, encoder, args)
+    }
+}
+
+/// Refuses a buffer for which an encoder would take the command, and be of no use from then on.
+fn has_usage(field: &'static str, mem: &Region, usage: wgpu::BufferUsages) -> Result<()> {
+    match mem.buffer().usage() {
+        given if given.contains(usage) => Ok(()),
+        given => Err(Error::invalid(field, format!("a buffer for {given:?}"), format!("one for {usage:?}"))),
     }
 }
 

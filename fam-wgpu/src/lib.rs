@@ -149,7 +149,7 @@ pub fn support(spec: &Spec, limits: &wgpu::Limits, features: wgpu::Features) -> 
     if let Some(op) = spec.ops().iter().find(|op| !Op::FORWARD.contains(op)) {
         return Err(Error::no_kernel(*op, dtype, "wgpu"));
     }
-    let max = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+    let max = pipeline::max_binding(limits).min(limits.max_buffer_size);
     let bytes = |elements: usize| (elements as u64).saturating_mul(dtype.bytes() as u64);
     let ring = call::ring_layout(spec);
     let ring_bytes = bytes(ring.shape[0] * ring.stride[0]);
@@ -216,8 +216,8 @@ impl Backend for Wgpu {
         let gather =
             Shader { name: "call", text: include_str!("call.wgsl"), tensors: &[call::T::Q, call::T::Sink, call::T::Beta] };
         Ok(WgpuPlan {
-            call_read: gpu.call_group(&buffer, block, true),
-            call_write: gpu.call_group(&buffer, block, false),
+            call_read: gpu.call_group(&buffer, block, true)?,
+            call_write: gpu.call_group(&buffer, block, false)?,
             pool: Arc::new(Pool::new(buffer, block)),
             gather: gpu.kernel(gather, "")?,
             append: has(Op::Append).then(|| append::Kernels::new(gpu, spec)).transpose()?,

@@ -4,9 +4,9 @@ use crate::call::{Call, Lease, Size, T};
 use crate::{Region, WgpuPlan};
 use fam_core::{Error, Result};
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::future::Future;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -79,7 +79,7 @@ impl Binding {
         let first = region.range().start + bytes.start;
         let offset = first - first % alignment;
         let size = (region.range().start + bytes.end).next_multiple_of(4) - offset;
-        let max = gpu.limits.max_storage_buffer_binding_size;
+        let max = max_binding(&gpu.limits);
         if size > max {
             return Err(Error::LimitExceeded { what, requested: size, max });
         }
@@ -90,6 +90,11 @@ impl Binding {
         let size = std::num::NonZero::new(self.size);
         wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer: &self.buffer, offset: self.offset, size })
     }
+}
+
+/// Bytes of the largest binding: a shader may be told its length in 32 bits, as those of Metal are, whatever the limit says.
+pub(crate) fn max_binding(limits: &wgpu::Limits) -> u64 {
+    limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX) & !3)
 }
 
 pub(crate) fn lock<X>(mutex: &Mutex<X>) -> MutexGuard<'_, X> {
@@ -152,10 +157,30 @@ impl Gpu {
     pub fn scoped<X>(&self, bytes: u64, make: impl FnOnce() -> X) -> Result<X> {
         scoped(&self.device, bytes, make).or_else(|error| {
             // A device that was lost takes work, and what it makes is invalid; it says so when what it had before is done.
-            let _ = self.device.poll(wgpu::PollType::Wait { submission_index: None, timeout: Some(Duration::from_secs(1)) });
+            let _ = self.poll(wgpu::PollType::Wait { submission_index: None, timeout: Some(Duration::from_secs(1)) });
             self.check()?;
             Err(error)
         })
+    }
+
+    /// Sees how far the device is.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`]: where the device is lost while it is waited for, wgpu has no error but a panic.
+    pub fn poll(&self, how: wgpu::PollType) -> Result<()> {
+        let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(how)));
+        if let Err(panic) = &polled
+            && let Some(reason) = panic.downcast_ref::<String>().filter(|reason| reason.contains("Device::poll"))
+        {
+            lock(&self.lost).get_or_insert(reason.clone());
+        }
+        self.check()?;
+        match polled {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(Error::DeviceLost { reason: error.to_string() }),
+            // That of a callback of the caller's.
+            Err(panic) => resume_unwind(panic),
+        }
     }
 
     /// The texts of the kernels that were compiled so far, sorted.
@@ -168,10 +193,10 @@ impl Gpu {
     /// A buffer of zeros.
     pub fn buffer(&self, label: &'static str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
         self.check()?;
-        let (size, max) = (bytes.next_multiple_of(4).max(4), self.limits.max_buffer_size);
-        if size > max {
+        let max = self.limits.max_buffer_size;
+        let Some(size) = bytes.max(1).checked_next_multiple_of(4).filter(|size| *size <= max) else {
             return Err(Error::LimitExceeded { what: "bytes of a buffer", requested: bytes, max });
-        }
+        };
         self.scoped(size, || {
             self.device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false })
         })
@@ -213,7 +238,7 @@ impl Gpu {
                 module: &module,
                 entry_point: Some("main"),
                 compilation_options: wgpu::PipelineCompilationOptions {
-                    // No shader reads workgroup memory that it has not written.
+                    // Nothing depends on workgroup memory that its shader has not written.
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },
@@ -237,46 +262,37 @@ impl Gpu {
     }
 
     /// A bind group of the call block, of a block's size anywhere in a pool.
-    pub fn call_group(&self, pool: &wgpu::Buffer, bytes: u64, is_read: bool) -> wgpu::BindGroup {
+    pub fn call_group(&self, pool: &wgpu::Buffer, bytes: u64, is_read: bool) -> Result<wgpu::BindGroup> {
         let binding = Binding { buffer: pool.clone(), offset: 0, size: bytes };
-        self.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: Some("fam: call"),
-            layout: &bind_group_layout(&self.device, 1, true, is_read),
-            entries: &[wgpu::BindGroupEntry { binding: 0, resource: binding.resource() }],
+        self.scoped(0, || {
+            self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: Some("fam: call"),
+                layout: &bind_group_layout(&self.device, 1, true, is_read),
+                entries: &[wgpu::BindGroupEntry { binding: 0, resource: binding.resource() }],
+            })
         })
     }
 
     /// The bind group of these tensors.
     fn bind_group(&self, bindings: Vec<Binding>) -> Result<wgpu::BindGroup> {
+        if let Some(group) = lock(&self.bind_groups).get(&bindings) {
+            return Ok(group.clone());
+        }
+        let layout = self.layout(bindings.len());
+        let bound = bindings.iter().map(Binding::resource);
+        let entries: Vec<_> = (0..).zip(bound).map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource }).collect();
+        let descriptor = wgpu::BindGroupDescriptor { label: Some("fam"), layout: &layout, entries: &entries };
+        let group = self.scoped(0, || self.device.create_bind_group(&descriptor)).map_err(|error| match error {
+            // A buffer of another device, or a destroyed one.
+            Error::BackendUnavailable { reason, .. } => Error::invalid("memory", reason, "buffers of the backend's own device"),
+            other => other,
+        })?;
         let mut groups = lock(&self.bind_groups);
-        if groups.len() >= BIND_GROUPS && !groups.contains_key(&bindings) {
+        if groups.len() >= BIND_GROUPS {
             groups.clear();
         }
-        match groups.entry(bindings) {
-            Entry::Occupied(group) => Ok(group.get().clone()),
-            Entry::Vacant(place) => {
-                let layout = self.layout(place.key().len());
-                // A buffer of another device, or a destroyed one.
-                let group = self
-                    .scoped(0, || {
-                        let bound = place.key().iter().map(Binding::resource);
-                        let entries: Vec<_> =
-                            (0..).zip(bound).map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource }).collect();
-                        self.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                            label: Some("fam"),
-                            layout: &layout,
-                            entries: &entries,
-                        })
-                    })
-                    .map_err(|error| match error {
-                        Error::BackendUnavailable { reason, .. } => {
-                            Error::invalid("memory", reason, "buffers of the backend's own device")
-                        }
-                        other => other,
-                    })?;
-                Ok(place.insert(group).clone())
-            }
-        }
+        groups.insert(bindings, group.clone());
+        Ok(group)
     }
 }
 
@@ -381,14 +397,16 @@ impl<'c> Ready<'c> {
         if dispatches.iter().all(|d| d.groups == 0) {
             return Ok(None);
         }
-        Ok(Some(Ready { call, lease: plan.pool.lease(&gpu.device)?, dispatches: ready }))
+        let lease = plan.pool.lease(gpu)?;
+        let block = bytemuck::cast_slice(call.words());
+        gpu.scoped(block.len() as u64, || gpu.queue.write_buffer(&plan.pool.buffer, lease.offset(), block))?;
+        Ok(Some(Ready { call, lease, dispatches: ready }))
     }
 
     fn encode(self, encoder: &mut wgpu::CommandEncoder) {
         let Ready { call, lease, dispatches } = self;
         let plan: &WgpuPlan = call.plan;
         let width = plan.gpu.max_groups();
-        plan.gpu.queue.write_buffer(&plan.pool.buffer, lease.offset(), bytemuck::cast_slice(call.words()));
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("fam"), timestamp_writes: None });
         for (kernel, tensors, groups, block) in dispatches {
             pass.set_pipeline(&kernel.pipeline);

@@ -4,7 +4,9 @@
 mod common;
 
 use common::rows::{self, BLOCK, KV, Q, Tensors, alone, encoder};
-use fam_core::{Backend, Device, Dtype, Error, InfiniRule, Op, Shape, Window};
+use fam_core::{
+    Attend, Backend, Device, Dtype, Error, InfiniRule, Keys, Layout, Op, Plan, Rows, Shape, Span, Spans, View, ViewMut, Window,
+};
 use fam_wgpu::{Region, Wgpu};
 use std::ops::Range;
 use std::sync::LazyLock;
@@ -119,6 +121,53 @@ fn offsets_that_no_element_can_have() {
 }
 
 #[test]
+fn device_spans_between_words() {
+    let plan = rows::plan(&DEVICE, Dtype::F32);
+    let Tensors { q, k, v, mut o } = Tensors::apart(&DEVICE, Dtype::F32);
+    let [rows, kv] =
+        [[1, BLOCK, rows::HEADS, rows::D], [1, rows::TOKENS, 1, rows::D]].map(|sizes| Layout::tokens(Dtype::F32, sizes));
+    let spans = Region::new(DEVICE.alloc(64).expect("memory").buffer(), 2..42).expect("a range");
+    let keys = Keys::Strided { k: View::new(&k, kv), v: View::new(&v, kv) };
+    let args = Attend::new(Spans::Device { mem: &spans, batch: 1 }, keys);
+    let args = args.rows(Rows::new(View::new(&q, rows), ViewMut::new(&mut o, rows)));
+    let mut scratch = DEVICE.alloc(plan.support().scratch_bytes).expect("memory");
+    invalid(DEVICE.attend(&plan, &mut encoder(&DEVICE), args, &mut scratch), "spans");
+}
+
+/// An axis of stride 0 can have more entries than shaders count.
+#[test]
+fn more_entries_than_words_count() {
+    let shape = Shape::builder().heads(1).kv_heads(1).head_dim(8).block_len(4).window(Window::Blocks(1)).mem_len(2);
+    let plan =
+        DEVICE.plan(&shape.build().expect("a shape").spec(1, 4).ops(&[Op::Attend]).build().expect("a spec")).expect("a plan");
+    let [q, k, mut o] = [4 * 8, 4 * 8, 4 * 8].map(|n| DEVICE.alloc(4 * n).expect("memory"));
+    let rows = Layout::tokens(Dtype::F32, [1, 4, 1, 8]);
+    let mut memory = Layout::packed(Dtype::F32, [1, 1, 2, 1, 8]);
+    (memory.shape[1], memory.stride[1]) = (1 << 32, 0);
+    let span = [Span::new(0, 0, 4).with_mem_rows(2)];
+    let view = |layout| View::new(&k, layout);
+    let args = Attend::new(Spans::Host(&span), Keys::Strided { k: view(rows), v: view(rows) });
+    let args = args.rows(Rows::new(View::new(&q, rows), ViewMut::new(&mut o, rows))).mem(view(memory), view(memory));
+    let mut scratch = DEVICE.alloc(plan.support().scratch_bytes).expect("memory");
+    match DEVICE.attend(&plan, &mut encoder(&DEVICE), args, &mut scratch) {
+        Err(Error::LimitExceeded { requested, max, .. }) => assert_eq!((requested, max), (1 << 32, u64::from(u32::MAX))),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What an encoder would refuse at its end, with all that it holds.
+#[test]
+fn buffers_that_cannot_be_copied() {
+    let descriptor =
+        wgpu::BufferDescriptor { label: None, size: 64, usage: wgpu::BufferUsages::STORAGE, mapped_at_creation: false };
+    let mut region = Region::whole(&DEVICE.device().create_buffer(&descriptor)).expect("a region");
+    let mut encoder = encoder(&DEVICE);
+    invalid(DEVICE.clear(&mut encoder, &mut region, 0..16), "clear");
+    invalid(DEVICE.copy_within(&mut encoder, &mut region, 0..16, 32), "copy_within");
+    DEVICE.synchronize(&mut encoder).expect("a whole encoder");
+}
+
+#[test]
 fn calls_that_wait_in_an_encoder_are_limited_and_given_back() {
     let plan = rows::plan(&DEVICE, Dtype::F32);
     let mut tensors = Tensors::apart(&DEVICE, Dtype::F32);
@@ -179,7 +228,7 @@ fn plans_beyond_the_limits_of_a_device() {
 fn memory_beyond_the_device() {
     let max = DEVICE.device().limits().max_buffer_size;
     println!("at most {max} bytes");
-    for bytes in [max.saturating_add(1), u64::MAX - 8] {
+    for bytes in [max.saturating_add(1), u64::MAX - 8, u64::MAX] {
         match DEVICE.alloc(bytes) {
             Err(Error::LimitExceeded { requested, .. } | Error::OutOfMemory { requested }) => assert_eq!(requested, bytes),
             other => panic!("{other:?}"),
