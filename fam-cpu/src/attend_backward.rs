@@ -66,7 +66,7 @@ struct Buffers<'s> {
     v: &'s mut [f32],
     /// The keys in factors of keys.
     k_of_keys: &'s mut [f32],
-    /// P, then dS, of a panel over the tile: `[BLOCK_N][W]`.
+    /// dS of a panel over the tile in factors of keys: `[BLOCK_N / TERMS][W]`.
     s: &'s mut [f32],
     /// P and dS of all rows over the tile in factors of rows: `[BLOCK_N][rows]` terms each.
     p: &'s mut [f32],
