@@ -162,11 +162,7 @@ impl<'a> HeadRows<'a> {
     pub fn prefetch<V: Vector>(&self, rows: Range<u64>) {
         let count = (rows.end - rows.start) as usize;
         let Some((run, stride)) = self.run(rows.start, count).filter(|(_, stride)| *stride > self.len) else { return };
-        let (bytes, size) = (run.bytes(), run.bytes().len() / run.len());
-        for t in 0..count {
-            let row = bytes.as_ptr().wrapping_add(t * stride * size);
-            (0..self.len * size).step_by(CACHE_LINE).for_each(|at| V::prefetch_far(row.wrapping_add(at)));
-        }
+        (0..count).for_each(|t| run.part(t * stride, self.len).prefetch::<V>());
     }
 
     /// Rows `index .. index + count` as one run of memory, and the stride between them; `None` where a ring's end is between them.

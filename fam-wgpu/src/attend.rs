@@ -11,7 +11,7 @@
 //! Both row groups run in one dispatch where the device binds eleven buffers, else in two. Blocks with few rows have kernels of their own (`few.rs`).
 
 use crate::call::{Caches, Call, Size, T, code};
-use crate::load::OfRows;
+use crate::load::LoadKernels;
 use crate::pipeline::{Dispatch, Gpu, Kernel, Shader, enqueue};
 use crate::tile::{AttendTile, FEW_ROWS, FewTile};
 use crate::{Region, WgpuPlan, few, infini_read};
@@ -34,9 +34,9 @@ pub(crate) struct Kernels {
 #[derive(Clone, Debug)]
 enum RowGroups {
     /// One kernel both.
-    Together(OfRows),
+    Together(LoadKernels),
     /// One kernel each.
-    Apart { rows: OfRows, mem_rows: OfRows },
+    Apart { rows: LoadKernels, mem_rows: LoadKernels },
 }
 
 const TOGETHER: Shader = Shader {
@@ -77,7 +77,7 @@ impl Kernels {
                 code(shape.dtype()),
                 gpu.lanes(),
             );
-            OfRows::new(gpu, shape, shader, &constants)
+            LoadKernels::new(gpu, shape, shader, &constants)
         };
         let groups = match are_together(&gpu.limits) {
             true => RowGroups::Together(kernel(TOGETHER, true, true)?),

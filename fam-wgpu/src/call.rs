@@ -257,7 +257,7 @@ impl<'a> Call<'a> {
     }
 
     /// Whether all rows of these tensors begin at multiples of four elements of their bindings.
-    pub fn lie_in_fours(&self, mut tensors: impl Iterator<Item = T>) -> bool {
+    pub fn are_aligned(&self, mut tensors: impl Iterator<Item = T>) -> bool {
         // Offset and strides: 0 of a tensor that was not named.
         tensors.all(|tensor| self.words[TENSORS + 8 * tensor as usize..][..5].iter().all(|word| word.is_multiple_of(4)))
     }

@@ -5,7 +5,7 @@
 //! token alone, as one of a draft, in any batch, from a ring or a linear cache, and any window, however far it goes, keeps all splits busy.
 
 use crate::call::{Call, Size, T, code};
-use crate::load::{self, OfRows};
+use crate::load::{self, LoadKernels};
 use crate::pipeline::{Dispatch, Gpu, Kernel, Shader};
 use crate::tile::{FEW_ROWS, FewTile};
 use fam_core::{Plan, Result, Spec};
@@ -14,7 +14,7 @@ use fam_core::{Plan, Result, Spec};
 #[derive(Clone, Debug)]
 pub(crate) struct Kernels {
     tile: FewTile,
-    split: OfRows,
+    split: LoadKernels,
     join: Kernel,
 }
 
@@ -47,8 +47,8 @@ impl Kernels {
             code(shape.dtype()),
         );
         let sizes = format!("{constants}const QUADS = {quads}u;\nconst VALUE_LANES = {value_lanes}u;\n{}", gpu.lanes());
-        let split = OfRows::new(gpu, shape, SPLIT, &sizes)?;
-        Ok(Some(Kernels { tile, split, join: gpu.kernel(JOIN, &format!("{constants}{}", load::each()))? }))
+        let split = LoadKernels::new(gpu, shape, SPLIT, &sizes)?;
+        Ok(Some(Kernels { tile, split, join: gpu.kernel(JOIN, &format!("{constants}{}", load::unaligned()))? }))
     }
 
     /// Floats of scratch memory of the largest call.

@@ -1,7 +1,7 @@
 // The splits of few rows become one softmax: a thread has four channels of a row, and takes its parts, which are bound as q, in their order.
 
 fn part(i: u32) -> f32 {
-    return bitcast<f32>(words2(Q, false, i, i).x);
+    return bitcast<f32>(load2(Q, false, i, i).x);
 }
 
 @compute @workgroup_size(64)

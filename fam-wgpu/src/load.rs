@@ -10,41 +10,41 @@ const INPUTS: [T; 6] = [T::Q, T::MemQ, T::K, T::V, T::MemK, T::MemV];
 
 /// Kernels that are the same but for how they read. Their bits are, too.
 #[derive(Clone, Debug)]
-pub(crate) struct OfRows {
-    each: Kernel,
-    /// Where rows are whole fours.
-    fours: Option<Kernel>,
+pub(crate) struct LoadKernels {
+    unaligned: Kernel,
+    /// Where D is a multiple of four.
+    aligned: Option<Kernel>,
 }
 
-impl OfRows {
+impl LoadKernels {
     pub fn new(gpu: &Gpu, shape: &Shape, shader: Shader, constants: &str) -> Result<Self> {
-        let fours = || gpu.kernel(shader, &format!("{constants}{}", fours(shape.dtype())));
-        Ok(OfRows {
-            each: gpu.kernel(shader, &format!("{constants}{}", each()))?,
-            fours: shape.head_dim().is_multiple_of(4).then(fours).transpose()?,
+        let aligned = || gpu.kernel(shader, &format!("{constants}{}", aligned(shape.dtype())));
+        Ok(LoadKernels {
+            unaligned: gpu.kernel(shader, &format!("{constants}{}", unaligned()))?,
+            aligned: shape.head_dim().is_multiple_of(4).then(aligned).transpose()?,
         })
     }
 
     /// The kernel for where the tensors of a call lie.
     pub fn of(&self, call: &Call<'_>) -> &Kernel {
-        self.fours
+        self.aligned
             .as_ref()
-            .filter(|kernel| call.lie_in_fours(kernel.tensors().filter(|t| INPUTS.contains(t))))
-            .unwrap_or(&self.each)
+            .filter(|kernel| call.are_aligned(kernel.tensors().filter(|t| INPUTS.contains(t))))
+            .unwrap_or(&self.unaligned)
     }
 }
 
 /// Rows that lie anywhere.
-pub(crate) fn each() -> &'static str {
-    concat!(include_str!("load_each.wgsl"), include_str!("load.wgsl"))
+pub(crate) fn unaligned() -> &'static str {
+    concat!(include_str!("load_unaligned.wgsl"), include_str!("load.wgsl"))
 }
 
 /// Rows at multiples of four elements.
-fn fours(dtype: Dtype) -> String {
-    let (word, padded) = match dtype {
-        Dtype::F32 => ("vec4<u32>", "word"),
-        _ => ("vec2<u32>", "vec4(word, 0u, 0u)"),
+fn aligned(dtype: Dtype) -> String {
+    let (load, padded) = match dtype {
+        Dtype::F32 => ("vec4<u32>", "load"),
+        _ => ("vec2<u32>", "vec4(load, 0u, 0u)"),
     };
-    let of_dtype = format!("alias Word = {word};\n\nfn padded(word: Word) -> vec4<u32> {{\n    return {padded};\n}}\n\n");
-    [&of_dtype, include_str!("load_fours.wgsl"), include_str!("load.wgsl")].concat()
+    let of_dtype = format!("alias Load = {load};\n\nfn padded(load: Load) -> vec4<u32> {{\n    return {padded};\n}}\n\n");
+    [&of_dtype, include_str!("load_aligned.wgsl"), include_str!("load.wgsl")].concat()
 }

@@ -1,4 +1,4 @@
-// Rows of queries, keys and values as vectors of four channels. `load_each.wgsl` or `load_fours.wgsl` gives `ask`, which reads them.
+// Rows of queries, keys and values as vectors of four channels. `load_unaligned.wgsl` or `load_aligned.wgsl` gives `ask`, which reads them.
 
 // The elements that `ask` has read; channels beyond the head are 0.
 fn widen(words: vec4<u32>, at: u32, column: u32) -> vec4<f32> {

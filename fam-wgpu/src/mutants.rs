@@ -21,7 +21,7 @@ pub const MUTANTS: &[(&str, &str, &str)] = &[
     ("attend-sink", "fma(sum, before, exp_negative(sink - most))", "sum * before"),
     ("attend-lse", "bitcast<u32>(row_max + ln(sum))", "bitcast<u32>(row_max)"),
     ("attend-odd-row", "odd);\n        let high", "false);\n        let high"),
-    ("attend-fours", "let i = at / 4u + column;", "let i = at / 4u + max(column, 1u) - 1u;"),
+    ("attend-aligned", "let i = at / 4u + column;", "let i = at / 4u + max(column, 1u) - 1u;"),
     ("few-sum", "row_sum = fma(row_sum, factor, p);", "row_sum = row_sum + p;"),
     (
         "few-split-lost",

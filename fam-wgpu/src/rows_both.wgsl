@@ -1,34 +1,34 @@
 // Tensors of both row groups, where a device binds as many.
 
-@group(1) @binding(0) var<storage, read_write> q: array<Word>;
+@group(1) @binding(0) var<storage, read_write> q: array<Load>;
 @group(1) @binding(1) var<storage, read_write> o: array<atomic<u32>>;
 @group(1) @binding(2) var<storage, read_write> lse: array<u32>;
-@group(1) @binding(3) var<storage, read_write> k: array<Word>;
-@group(1) @binding(4) var<storage, read_write> v: array<Word>;
-@group(1) @binding(5) var<storage, read_write> mem_k: array<Word>;
-@group(1) @binding(6) var<storage, read_write> mem_v: array<Word>;
-@group(1) @binding(7) var<storage, read_write> mem_q: array<Word>;
+@group(1) @binding(3) var<storage, read_write> k: array<Load>;
+@group(1) @binding(4) var<storage, read_write> v: array<Load>;
+@group(1) @binding(5) var<storage, read_write> mem_k: array<Load>;
+@group(1) @binding(6) var<storage, read_write> mem_v: array<Load>;
+@group(1) @binding(7) var<storage, read_write> mem_q: array<Load>;
 @group(1) @binding(8) var<storage, read_write> mem_o: array<atomic<u32>>;
 @group(1) @binding(9) var<storage, read_write> mem_lse: array<u32>;
 
-// Words i and j of q, k or v: of memory rows, or of tokens.
-fn words2(which: u32, in_memory: bool, i: u32, j: u32) -> Words {
+// Loads i and j of q, k or v: of memory rows, or of tokens.
+fn load2(which: u32, in_memory: bool, i: u32, j: u32) -> Loads {
     if (which == Q) {
         if (in_memory) {
-            return both(mem_q[i], mem_q[j]);
+            return pair(mem_q[i], mem_q[j]);
         }
-        return both(q[i], q[j]);
+        return pair(q[i], q[j]);
     }
     if (which == K) {
         if (in_memory) {
-            return both(mem_k[i], mem_k[j]);
+            return pair(mem_k[i], mem_k[j]);
         }
-        return both(k[i], k[j]);
+        return pair(k[i], k[j]);
     }
     if (in_memory) {
-        return both(mem_v[i], mem_v[j]);
+        return pair(mem_v[i], mem_v[j]);
     }
-    return both(v[i], v[j]);
+    return pair(v[i], v[j]);
 }
 
 fn put(which: u32, i: u32, w: u32) {

@@ -1,9 +1,9 @@
 // Rows that begin at any element, read word by word.
 
-alias Word = u32;
-alias Words = vec2<u32>;
+alias Load = u32;
+alias Loads = vec2<u32>;
 
-fn both(i: Word, j: Word) -> Words {
+fn pair(i: Load, j: Load) -> Loads {
     return vec2(i, j);
 }
 
@@ -17,10 +17,10 @@ fn is_odd(at: u32) -> bool {
 fn ask(which: u32, in_memory: bool, at: u32, column: u32) -> vec4<u32> {
     let last = word(DTYPE, at + HEAD_DIM - 1u);
     let first = word(DTYPE, at + 4u * column);
-    let words = vec4(words2(which, in_memory, first, min(first + 1u, last)), 0u, 0u);
+    let words = vec4(load2(which, in_memory, first, min(first + 1u, last)), 0u, 0u);
     // Two elements to a word, a row that begins with the second of one has a third.
     if (DTYPE == F32 || is_odd(at)) {
-        return vec4(words.xy, words2(which, in_memory, min(first + 2u, last), min(first + 3u, last)));
+        return vec4(words.xy, load2(which, in_memory, min(first + 2u, last), min(first + 3u, last)));
     }
     return words;
 }
