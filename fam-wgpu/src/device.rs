@@ -130,9 +130,12 @@ impl Wgpu {
         encoder.copy_buffer_to_buffer(buffer, words.start, &staging, 0, size);
         self.submit(encoder)?;
         let (send, receive) = channel();
-        staging.map_async(wgpu::MapMode::Read, .., move |mapped| {
-            let _ = send.send(mapped);
-        });
+        // On a device that is lost nothing before this is an error, and this is one.
+        self.gpu.scoped(0, || {
+            staging.map_async(wgpu::MapMode::Read, .., move |mapped| {
+                let _ = send.send(mapped);
+            });
+        })?;
         self.wait()?;
         let lost = |reason: String| Error::DeviceLost { reason };
         receive.recv().map_err(|error| lost(error.to_string()))?.map_err(|error| lost(error.to_string()))?;

@@ -35,7 +35,7 @@ pub(crate) fn merge(
     for (size, value) in [(Size::Batch, batch), (Size::Blocks, blocks), (Size::MostRows, rows)] {
         call.set(size, value as u32);
     }
-    // At most 2^31 elements.
-    let threads = (batch * blocks * rows * heads) as u64 * d.div_ceil(4) as u64;
+    // Axes beside an empty one can have any size.
+    let threads = [batch, blocks, rows, heads, d.div_ceil(4)].iter().fold(1, |n: u64, &size| n.saturating_mul(size as u64));
     enqueue(encoder, &[(&call, &[Dispatch { kernel, groups: threads.div_ceil(64) }])])
 }

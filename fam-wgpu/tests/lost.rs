@@ -151,6 +151,22 @@ fn a_stream_outlives_its_device() {
     assert_eq!(elsewhere.snapshot(), untroubled.snapshot());
 }
 
+/// What reads from the device first says so, too: where bytes are mapped, and where words at the ends of an upload are.
+#[test]
+fn lost_before_a_download() {
+    let adapter = common::adapter();
+    for is_upload in [false, true] {
+        let wgpu = pollster::block_on(adapter.open(None)).expect("a device");
+        let mut region = wgpu.alloc(16).expect("memory");
+        wgpu.device().destroy();
+        let lost = match is_upload {
+            false => wgpu.download(&region, 0, &mut [0; 16]),
+            true => wgpu.upload(&mut region, 1, &[7; 2]),
+        };
+        assert!(matches!(lost, Err(Error::DeviceLost { .. })), "{lost:?}");
+    }
+}
+
 /// The loss shows where the device is next asked for something: in an upload, or where work that was encoded since is submitted.
 #[test]
 fn lost_between_two_steps() {
